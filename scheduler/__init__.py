@@ -1,0 +1,25 @@
+"""The admission scheduler: pure, synchronous, standard library only; time comes in as `now` (seconds).
+
+`Admission` decides which queued request enters the engine; `Ledger` keeps what each seat was owed and
+what it got; `TokenBucket` holds the request and token limits. Nothing here does I/O, reads a clock or
+knows vLLM, so a test or a simulation drives the very code that production runs. docs/scheduling.md
+tells the theory.
+"""
+
+from scheduler.admission import Admission, SeatReading
+from scheduler.terms import Ask, Capacity, Policy, SeatTerms
+from scheduler.tickets import Outcome, Reason, Refusal, State, Ticket
+
+__all__ = [
+    "Admission",
+    "Ask",
+    "Capacity",
+    "Outcome",
+    "Policy",
+    "Reason",
+    "Refusal",
+    "SeatReading",
+    "SeatTerms",
+    "State",
+    "Ticket",
+]

@@ -1,0 +1,518 @@
+"""Admission: which queued request enters the engine, and when.
+
+Theory of operation (docs/scheduling.md derives the bounds):
+
+* A seat with fewer sequences in the engine than its quantity is *owed*: its next request goes first,
+  earliest first-token deadline first, and one slot per unused seat is kept free so that it enters at
+  once. All other work is *borrowed*.
+* Borrowed work is ordered by start-time fair queuing (Goyal, Vin, Cheng, SIGCOMM 1996). A seat's
+  `tag` is its virtual time: at dispatch it grows by `cost / weight` with the expected output; while
+  tokens flow it is corrected upwards when the output outgrows the expectation, and downwards at the
+  end for output that never came and for input that the prefix cache had. A seat whose queue was empty
+  rejoins at no less than the system's virtual time: no credit for having been idle.
+* `submit` checks the request limit, the token limit and the queue's room, and only then debits them
+  all; a refused request costs nothing.
+
+All methods take `now` in seconds of one monotonic clock and never block.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from scheduler.buckets import TokenBucket
+from scheduler.ledger import WINDOWS_S, Ledger
+from scheduler.terms import Ask, Capacity, Policy, SeatTerms
+from scheduler.tickets import Event, Outcome, Reason, Refusal, State, Ticket
+
+
+class Seat:
+    """One pledge's place in the scheduler. Only `Admission` writes it.
+
+    Invariants: `in_flight` is the number of sequences of its running tickets; `tag` is finite and a
+    queued seat's tag is at least the virtual time at which it joined the queue.
+    """
+
+    def __init__(self, terms: SeatTerms, policy: Policy, now: float) -> None:
+        self.terms = terms
+        self.closed: Reason | None = None
+        self.queue: OrderedDict[int, Ticket] = OrderedDict()
+        self.waiting = 0
+        """Sequences of the queued tickets."""
+        self.in_flight = 0
+        self.tag = 0.0
+        self.expected_output = policy.initial_output_tokens
+        self.requests = TokenBucket(terms.rpm_limit, now)
+        self.tokens = TokenBucket(terms.tpm_limit, now)
+        self.ledger = Ledger(terms.guarantee_tok_s, terms.quantity, now)
+        self.outcomes: dict[Outcome, int] = dict.fromkeys(Outcome, 0)
+        self.input_tokens = 0
+        self.cached_tokens = 0
+        self.last_dispatch: float | None = None
+        self.dispatch_gap_s = 1.0
+
+    @property
+    def guaranteed(self) -> bool:
+        return self.closed is None and self.terms.guarantee_tok_s > 0
+
+    @property
+    def unused(self) -> int:
+        """Sequences it may still start at once under its guarantee."""
+        return max(0, self.terms.quantity - self.in_flight) if self.guaranteed else 0
+
+
+@dataclass(frozen=True, slots=True)
+class SeatReading:
+    """What one seat looks like from outside, at one moment; counters are cumulative."""
+
+    seat_id: str
+    queued: int
+    in_flight: int
+    requests: dict[str, int]
+    """Finished decisions by outcome."""
+    input_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    owed_tokens: float
+    behind_tokens: float
+    shortfall_tokens: float
+    attainment: dict[int, float | None]
+    """By window length in seconds; None where nothing was owed."""
+    virtual_time: float
+
+
+@dataclass(frozen=True, slots=True)
+class LimitReading:
+    """One limit of a seat, as the providers' headers show it."""
+
+    limit: int
+    remaining: int
+    reset_s: float
+
+
+class Admission:
+    """The admission stage of one node. Single-threaded; every ticket ends exactly once.
+
+    Invariants: `in_flight` never exceeds the slots; `reserve` is the sum of the seats' `unused`;
+    `virtual_time` never decreases; a seat is in a heap whenever its queue is not empty.
+    """
+
+    def __init__(self, capacity: Capacity, policy: Policy | None = None) -> None:
+        self.capacity = capacity
+        self.policy = policy or Policy()
+        self.virtual_time = 0.0
+        self.in_flight = 0
+        self.draining = False
+        self._seats: dict[str, Seat] = {}
+        self._reserve = 0
+        self._kv_in_use = 0
+        self._last_number = 0
+        self._queued: OrderedDict[int, Ticket] = OrderedDict()
+        self._fair = _SeatHeap(lambda seat: seat.tag)
+        self._owed = _SeatHeap(lambda seat: _head(seat).deadline)
+
+    # --- seats -----------------------------------------------------------------------------------
+
+    def open_seat(self, terms: SeatTerms, now: float) -> None:
+        """Let a seat in, or change its terms; its queue, debts and counters stay."""
+        seat = self._seats.get(terms.seat_id)
+        if seat is None:
+            seat = self._seats[terms.seat_id] = Seat(terms, self.policy, now)
+            seat.tag = self.virtual_time
+            self._reserve += seat.unused
+            return
+        with_reserve = seat.unused
+        seat.terms, seat.closed = terms, None
+        seat.requests.resize(terms.rpm_limit, now)
+        seat.tokens.resize(terms.tpm_limit, now)
+        seat.ledger.set_terms(terms.guarantee_tok_s, terms.quantity, now)
+        self._reserve += seat.unused - with_reserve
+        self._refresh(seat)
+
+    def close_seat(self, seat_id: str, reason: Reason, now: float) -> list[Ticket]:
+        """End a seat's block: what runs goes on as borrowed work, what is queued is evicted and returned."""
+        seat = self._seats[seat_id]
+        self._reserve -= seat.unused
+        seat.closed = reason
+        seat.ledger.set_terms(0.0, seat.terms.quantity, now)
+        return [self._evict(ticket, Refusal(reason), now) for ticket in list(seat.queue.values())]
+
+    def forget_seat(self, seat_id: str) -> bool:
+        """Drop a closed seat without work, so that memory does not grow with the customers of years."""
+        seat = self._seats[seat_id]
+        if seat.closed is None or seat.queue or seat.in_flight:
+            return False
+        del self._seats[seat_id]
+        return True
+
+    def drain(self, now: float) -> list[Ticket]:
+        """Take nothing new; returns the evicted queue."""
+        self.draining = True
+        return [self._evict(ticket, Refusal(Reason.DRAINING), now) for ticket in list(self._queued.values())]
+
+    # --- requests --------------------------------------------------------------------------------
+
+    def submit(self, seat_id: str, asks: Sequence[Ask], now: float) -> list[Ticket] | Refusal:
+        """Queue the prompts of one request, all or none. Limits are checked first, then debited."""
+        seat = self._seats[seat_id]
+        refusal = self._refusal(seat, asks, now)
+        if refusal is not None:
+            seat.outcomes[Outcome.REJECTED] += sum(ask.count for ask in asks)
+            return refusal
+        return [self._enqueue(seat, ask, now) for ask in asks]
+
+    def charge_request(self, seat_id: str, now: float) -> Refusal | None:
+        """Debit one request that never enters the engine (token counting)."""
+        seat = self._seats[seat_id]
+        refusal = self._closed_refusal(seat) or self._request_limit_refusal(seat, 1, now)
+        if refusal is None:
+            seat.requests.take(1, now)
+        return refusal
+
+    def dispatch(self, now: float) -> list[Ticket]:
+        """The tickets that enter the engine now, in order: owed seats first, then by virtual time."""
+        entering = []
+        while self.in_flight < self.capacity.slots:
+            seat = self._owed.peek(_is_owed)
+            if seat is None:
+                seat = self._fair.peek(_is_backlogged)
+            if seat is None or not self._fits(_head(seat), owed=_is_owed(seat)):
+                break
+            entering.append(self._start(_head(seat), now))
+        return entering
+
+    def expire(self, now: float) -> list[Ticket]:
+        """Evict and return what has been queued for the queue timeout."""
+        evicted = []
+        while self._queued:
+            ticket = next(iter(self._queued.values()))
+            if ticket.expires_at > now:
+                break
+            refusal = Refusal(Reason.QUEUE_TIMEOUT, self._queue_wait_s(ticket.seat))
+            evicted.append(self._evict(ticket, refusal, now))
+        return evicted
+
+    def next_expiry(self) -> float | None:
+        """When `expire` has something to do; None if nothing is queued."""
+        for ticket in self._queued.values():
+            return ticket.expires_at
+        return None
+
+    def release(self, ticket: Ticket, now: float) -> None:
+        """The request is over, for whatever reason: a queued one is canceled, a running one finishes,
+        one that has ended already stays as it is."""
+        if ticket.state is State.QUEUED:
+            ticket.apply(Event.CANCEL)
+            self._leave_queue(ticket, now)
+            ticket.seat.outcomes[Outcome.CANCELED] += ticket.count
+            ticket.seat.tokens.give_back(ticket.reserved_tokens, now)
+        elif ticket.state is State.RUNNING:
+            ticket.apply(Event.FINISH)
+            self._finish(ticket, now)
+
+    # --- what the engine did -----------------------------------------------------------------------
+
+    def record_step(self, produced: Iterable[tuple[Ticket, int]], now: float) -> None:
+        """Account one engine step: new output tokens by ticket. Late tokens of ended tickets count
+        as delivered too: the engine did make them."""
+        by_seat: dict[Seat, int] = {}
+        for ticket, tokens in produced:
+            seat = ticket.seat
+            ticket.produced += tokens
+            by_seat[seat] = by_seat.get(seat, 0) + tokens
+            if ticket.first_token_at is None:
+                ticket.first_token_at = now
+                if not ticket.ended:
+                    seat.ledger.first_token(ticket.number, now)
+            if ticket.produced > ticket.charged_output and not ticket.ended:
+                self._charge_output(ticket, ticket.produced)
+        for seat, tokens in by_seat.items():
+            seat.ledger.deliver(tokens, now)
+
+    def record_prefix_hit(self, ticket: Ticket, cached_tokens: int) -> None:
+        """The engine found `cached_tokens` of the prompt in its prefix cache: they cost nothing."""
+        if cached_tokens <= ticket.cached_tokens or ticket.ended:
+            return
+        refund = (cached_tokens - ticket.cached_tokens) * self.policy.input_weight
+        ticket.cached_tokens = cached_tokens
+        ticket.seat.tag -= refund / ticket.seat.terms.weight
+        self._refresh(ticket.seat)
+
+    # --- readings ----------------------------------------------------------------------------------
+
+    def seat_ids(self) -> list[str]:
+        return list(self._seats)
+
+    def queued(self) -> int:
+        return len(self._queued)
+
+    def read(self, seat_id: str, now: float) -> SeatReading:
+        seat = self._seats[seat_id]
+        seat.ledger.advance(now)
+        return SeatReading(
+            seat_id=seat_id,
+            queued=len(seat.queue),
+            in_flight=seat.in_flight,
+            requests={outcome.value: n for outcome, n in seat.outcomes.items()},
+            input_tokens=seat.input_tokens,
+            cached_tokens=seat.cached_tokens,
+            output_tokens=seat.ledger.delivered,
+            owed_tokens=seat.ledger.owed,
+            behind_tokens=seat.ledger.behind,
+            shortfall_tokens=seat.ledger.shortfall,
+            attainment={window: seat.ledger.attainment(window, now) for window in WINDOWS_S},
+            virtual_time=seat.tag,
+        )
+
+    def read_limits(self, seat_id: str, now: float) -> tuple[LimitReading, LimitReading]:
+        """The request and the token limit as they stand at `now`."""
+        seat = self._seats[seat_id]
+        return _read_bucket(seat.requests, now), _read_bucket(seat.tokens, now)
+
+    # --- inside ------------------------------------------------------------------------------------
+
+    def _refusal(self, seat: Seat, asks: Sequence[Ask], now: float) -> Refusal | None:
+        count = sum(ask.count for ask in asks)
+        return (
+            self._closed_refusal(seat)
+            or self._size_refusal(seat, asks)
+            or self._request_limit_refusal(seat, count, now)
+            or self._token_limit_refusal(seat, asks, now)
+            or self._queue_refusal(seat, count)
+        )
+
+    def _closed_refusal(self, seat: Seat) -> Refusal | None:
+        if self.draining:
+            return Refusal(Reason.DRAINING)
+        return None if seat.closed is None else Refusal(seat.closed)
+
+    def _size_refusal(self, seat: Seat, asks: Sequence[Ask]) -> Refusal | None:
+        """What no amount of waiting would make fit."""
+        count = sum(ask.count for ask in asks)
+        sizes = (
+            (Reason.TOO_WIDE, max(ask.count for ask in asks), self._borrowed_slots()),
+            (Reason.TOO_MANY, count, min(seat.terms.rpm_limit, self._queue_bound(seat))),
+            (Reason.TOO_LARGE, sum(a.input_tokens + a.count for a in asks), seat.terms.tpm_limit),
+        )
+        for reason, requested, limit in sizes:
+            if requested > limit:
+                return Refusal(reason, limit=limit, requested=requested)
+        return None
+
+    @staticmethod
+    def _request_limit_refusal(seat: Seat, count: int, now: float) -> Refusal | None:
+        wait = seat.requests.wait_s(count, now)
+        if wait == 0:
+            return None
+        return _limit_refusal(Reason.REQUEST_LIMIT, seat.requests, count, wait, now)
+
+    def _token_limit_refusal(self, seat: Seat, asks: Sequence[Ask], now: float) -> Refusal | None:
+        tokens = sum(ask.input_tokens + self._expected_output(seat, ask) for ask in asks)
+        # A request whose expected output alone overshoots the limit may still be short: reserve all there is.
+        tokens = min(tokens, seat.terms.tpm_limit)
+        wait = seat.tokens.wait_s(tokens, now)
+        if wait == 0:
+            return None
+        return _limit_refusal(Reason.TOKEN_LIMIT, seat.tokens, tokens, wait, now)
+
+    def _queue_refusal(self, seat: Seat, count: int) -> Refusal | None:
+        bound = self._queue_bound(seat)
+        if seat.waiting + count <= bound:
+            return None
+        wait = self._queue_wait_s(seat)
+        return Refusal(Reason.QUEUE_FULL, wait, limit=bound, used=seat.waiting, requested=count)
+
+    def _queue_bound(self, seat: Seat) -> int:
+        return self.policy.max_queued_per_seat * seat.terms.quantity
+
+    def _queue_wait_s(self, seat: Seat) -> float:
+        """Seconds until a place in the seat's queue should be free, by its recent pace."""
+        return min(max(seat.dispatch_gap_s, 1.0), self.policy.queue_timeout_s)
+
+    @staticmethod
+    def _expected_output(seat: Seat, ask: Ask | Ticket) -> int:
+        """Output tokens over all sequences, by the seat's running mean; whole, so that sums stay exact."""
+        return ask.count * min(math.ceil(seat.expected_output), ask.max_tokens)
+
+    def _enqueue(self, seat: Seat, ask: Ask, now: float) -> Ticket:
+        self._last_number += 1
+        policy, terms = self.policy, seat.terms
+        due = now + policy.first_token_grace_s + ask.input_tokens / terms.prefill_tok_s
+        ticket = Ticket(
+            self._last_number,
+            seat,
+            input_tokens=ask.input_tokens,
+            max_tokens=ask.max_tokens,
+            count=ask.count,
+            submitted_at=now,
+            deadline=due,
+            expires_at=now + policy.queue_timeout_s,
+        )
+        seat.requests.take(ask.count, now)
+        reserve = ask.input_tokens + self._expected_output(seat, ask)
+        ticket.reserved_tokens = min(reserve, terms.tpm_limit)
+        seat.tokens.take(ticket.reserved_tokens, now)
+        if not seat.queue:
+            seat.tag = max(seat.tag, self.virtual_time)
+        seat.queue[ticket.number] = ticket
+        seat.waiting += ticket.count
+        self._queued[ticket.number] = ticket
+        seat.ledger.expect(ticket.number, ticket.count, due)
+        self._refresh(seat)
+        return ticket
+
+    def _fits(self, ticket: Ticket, *, owed: bool) -> bool:
+        if self.in_flight == 0:
+            return True
+        free = self.capacity.slots - self.in_flight
+        kv = self.capacity.kv_tokens
+        if not owed:
+            free -= min(self._reserve, self.capacity.slots - self._borrowed_slots())
+            kv = int(kv * self.policy.borrowed_kv_share)
+        need = ticket.input_tokens + self._expected_output(ticket.seat, ticket)
+        return ticket.count <= free and self._kv_in_use + need <= kv
+
+    def _borrowed_slots(self) -> int:
+        """Slots that borrowed work may always use, however many seats are idle."""
+        return self.capacity.slots - int(self.capacity.slots * self.policy.max_reserve_share)
+
+    def _start(self, ticket: Ticket, now: float) -> Ticket:
+        seat, policy = ticket.seat, self.policy
+        # An owed seat may enter ahead of the fair order, so virtual time follows the order, not the entry.
+        fairest = self._fair.peek(_is_backlogged) or seat
+        self.virtual_time = max(self.virtual_time, fairest.tag)
+        ticket.apply(Event.DISPATCH)
+        ticket.dispatched_at = now
+        ticket.expected_output = self._expected_output(seat, ticket)
+        self._kv_in_use += ticket.input_tokens + ticket.expected_output
+        seat.tag += ticket.input_tokens * policy.input_weight / seat.terms.weight
+        self._charge_output(ticket, ticket.expected_output)
+        seat.outcomes[Outcome.DISPATCHED] += ticket.count
+        seat.input_tokens += ticket.input_tokens
+        if seat.last_dispatch is not None:
+            gap = now - seat.last_dispatch
+            seat.dispatch_gap_s += policy.output_mean_smoothing * (gap - seat.dispatch_gap_s)
+        seat.last_dispatch = now
+        self._set_in_flight(seat, ticket.count)
+        self._unqueue(ticket)
+        return ticket
+
+    def _charge_output(self, ticket: Ticket, output_tokens: int) -> None:
+        """Make `output_tokens` what the ticket has paid for, up or down."""
+        change = (output_tokens - ticket.charged_output) * self.policy.output_weight
+        ticket.charged_output = output_tokens
+        ticket.seat.tag += change / ticket.seat.terms.weight
+
+    def _finish(self, ticket: Ticket, now: float) -> None:
+        seat = ticket.seat
+        self._kv_in_use -= ticket.input_tokens + ticket.expected_output
+        self._charge_output(ticket, ticket.produced)
+        seat.cached_tokens += ticket.cached_tokens
+        used = ticket.input_tokens + ticket.produced
+        seat.tokens.give_back(ticket.reserved_tokens - used, now)
+        mean = ticket.produced / ticket.count
+        seat.expected_output += self.policy.output_mean_smoothing * (mean - seat.expected_output)
+        seat.ledger.end(ticket.number, ticket.count, now)
+        self._set_in_flight(seat, -ticket.count)
+        self._refresh(seat)
+
+    def _evict(self, ticket: Ticket, refusal: Refusal, now: float) -> Ticket:
+        ticket.apply(Event.EVICT)
+        ticket.refusal = refusal
+        self._leave_queue(ticket, now)
+        ticket.seat.outcomes[Outcome.EVICTED] += ticket.count
+        ticket.seat.requests.give_back(ticket.count, now)
+        ticket.seat.tokens.give_back(ticket.reserved_tokens, now)
+        return ticket
+
+    def _leave_queue(self, ticket: Ticket, now: float) -> None:
+        ticket.seat.ledger.end(ticket.number, ticket.count, now)
+        self._unqueue(ticket)
+
+    def _unqueue(self, ticket: Ticket) -> None:
+        seat = ticket.seat
+        del seat.queue[ticket.number], self._queued[ticket.number]
+        seat.waiting -= ticket.count
+        self._refresh(seat)
+
+    def _set_in_flight(self, seat: Seat, change: int) -> None:
+        self._reserve -= seat.unused
+        seat.in_flight += change
+        self.in_flight += change
+        self._reserve += seat.unused
+
+    def _refresh(self, seat: Seat) -> None:
+        """Put a seat whose key may have fallen, or whose head is new, where `peek` finds it."""
+        if seat.queue:
+            self._fair.push(seat)
+            if _is_owed(seat):
+                self._owed.push(seat)
+
+
+class _SeatHeap:
+    """A heap of seats whose keys change under it.
+
+    A seat is pushed whenever its key may have fallen; entries whose key has since risen are put back
+    when they come up, and entries of seats that no longer qualify are dropped. Holds at most twice as
+    many entries as there are seats in it, plus a few.
+    """
+
+    def __init__(self, key: Callable[[Seat], float]) -> None:
+        self._key = key
+        self._entries: list[tuple[float, int, Seat]] = []
+        self._best: dict[Seat, float] = {}
+        self._pushes = 0
+
+    def push(self, seat: Seat) -> None:
+        key = self._key(seat)
+        if self._best.get(seat, float("inf")) <= key:
+            return
+        self._best[seat] = key
+        self._pushes += 1
+        heapq.heappush(self._entries, (key, self._pushes, seat))
+        if len(self._entries) > 2 * len(self._best) + 64:
+            self._entries = [entry for entry in self._entries if self._best.get(entry[2]) == entry[0]]
+            heapq.heapify(self._entries)
+
+    def peek(self, qualifies: Callable[[Seat], bool]) -> Seat | None:
+        """The qualifying seat with the lowest key; it stays in the heap."""
+        while self._entries:
+            key, _, seat = self._entries[0]
+            if self._best.get(seat) != key:
+                heapq.heappop(self._entries)
+            elif not qualifies(seat):
+                heapq.heappop(self._entries)
+                del self._best[seat]
+            elif self._key(seat) > key:
+                heapq.heappop(self._entries)
+                del self._best[seat]
+                self.push(seat)
+            else:
+                return seat
+        return None
+
+
+def _head(seat: Seat) -> Ticket:
+    return next(iter(seat.queue.values()))
+
+
+def _is_backlogged(seat: Seat) -> bool:
+    return bool(seat.queue)
+
+
+def _is_owed(seat: Seat) -> bool:
+    return bool(seat.queue) and seat.unused > 0
+
+
+def _limit_refusal(reason: Reason, bucket: TokenBucket, requested: float, wait: float, now: float) -> Refusal:
+    used = round(bucket.limit - bucket.level(now))
+    return Refusal(reason, wait, limit=bucket.limit, used=used, requested=round(requested))
+
+
+def _read_bucket(bucket: TokenBucket, now: float) -> LimitReading:
+    remaining = max(0, int(bucket.level(now)))
+    return LimitReading(bucket.limit, remaining, max(0.0, bucket.seconds_to_full(now)))

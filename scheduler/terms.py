@@ -1,0 +1,86 @@
+"""What the scheduler is told: the engine's capacity, the policy's constants, a seat's terms, a request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What one engine can hold at once."""
+
+    slots: int
+    """Sequences the engine runs together (vLLM's `max_num_seqs`)."""
+    kv_tokens: int
+    """Tokens the KV cache holds over all sequences."""
+
+    def __post_init__(self) -> None:
+        if self.slots < 1 or self.kv_tokens < 1:
+            raise ValueError(f"capacity must be positive, got {self}")
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Constants of the scheduling contract, the same for every seat of a node."""
+
+    input_weight: float = 1.0
+    """Cost of one uncached input token."""
+    output_weight: float = 2.0
+    """Cost of one output token. 1 and 2 as in VTC (Sheng et al., OSDI 2024)."""
+    first_token_grace_s: float = 1.0
+    """T0: a first token is due by `submit + T0 + input / prefill_tok_s`."""
+    queue_timeout_s: float = 60.0
+    """A queued request is evicted after this long, never before."""
+    max_queued_per_seat: int = 256
+    """Requests one seat may have queued, times its quantity."""
+    initial_output_tokens: float = 256.0
+    """Expected output of a seat that has not finished a request yet."""
+    output_mean_smoothing: float = 0.1
+    """Weight of the newest finished request in a seat's running mean of output tokens."""
+    borrowed_kv_share: float = 0.9
+    """Share of the KV cache that borrowed work may fill; the rest is kept for owed seats."""
+    max_reserve_share: float = 0.5
+    """At most this share of the slots is kept free for owed seats that are not using theirs."""
+
+
+@dataclass(frozen=True, slots=True)
+class SeatTerms:
+    """What one pledge's seats were sold. The scheduler calls all seats of one pledge a seat:
+    they share a key, a queue and a weight."""
+
+    seat_id: str
+    quantity: int
+    guarantee_tok_s: float
+    """g, output tokens per second for each of `quantity` streams; 0 for none."""
+    prefill_tok_s: float
+    """Input tokens per second after which a first token is due."""
+    rpm_limit: int
+    """Requests per minute, over the whole quantity."""
+    tpm_limit: int
+    """Input plus output tokens per minute, over the whole quantity."""
+
+    def __post_init__(self) -> None:
+        if self.quantity < 1 or self.guarantee_tok_s < 0 or self.prefill_tok_s <= 0:
+            raise ValueError(f"impossible terms: {self}")
+        if self.rpm_limit < 1 or self.tpm_limit < 1:
+            raise ValueError(f"limits must be at least 1: {self}")
+
+    @property
+    def weight(self) -> float:
+        """Share of what is left over, proportional to the quantity."""
+        return float(self.quantity)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One prompt as it arrives at the engine's door, after tokenisation."""
+
+    input_tokens: int
+    max_tokens: int
+    """Most output tokens for each of `count` sequences."""
+    count: int = 1
+    """Sequences sampled from the prompt (`n`); each counts as a request."""
+
+    def __post_init__(self) -> None:
+        if self.input_tokens < 0 or self.max_tokens < 1 or self.count < 1:
+            raise ValueError(f"impossible request: {self}")
