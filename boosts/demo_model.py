@@ -79,7 +79,9 @@ def _write_tokenizer(folder: Path) -> None:
 def _write_weights(folder: Path) -> None:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(SEED)
     config = Qwen3Config(
         vocab_size=VOCAB_SIZE,
@@ -95,7 +97,8 @@ def _write_weights(folder: Path) -> None:
         eos_token_id=2,
         bos_token_id=None,
     )
-    model = Qwen3ForCausalLM(config).to(torch.bfloat16)
+    model = Qwen3ForCausalLM(config)
+    model.bfloat16()
     model.generation_config.eos_token_id = 2
     model.generation_config.pad_token_id = 0
     model.save_pretrained(folder)

@@ -2,14 +2,16 @@
 
 Theory of operation (docs/scheduling.md derives the bounds):
 
-* A seat with fewer sequences in the engine than its quantity is *owed*: its next request goes first,
-  earliest first-token deadline first, and one slot per unused seat is kept free so that it enters at
-  once. All other work is *borrowed*.
+* A seat whose next request keeps it within its quantity of sequences is *owed*: that request goes
+  first, earliest first-token deadline first, and one slot per unused seat is kept free so that it
+  enters at once. All other work is *borrowed*; so is a request wider than the seat's unused seats,
+  which would otherwise enter on slots kept for others.
 * Borrowed work is ordered by start-time fair queuing (Goyal, Vin, Cheng, SIGCOMM 1996). A seat's
   `tag` is its virtual time: at dispatch it grows by `cost / weight` with the expected output; while
   tokens flow it is corrected upwards when the output outgrows the expectation, and downwards at the
   end for output that never came and for input that the prefix cache had. A seat whose queue was empty
-  rejoins at no less than the system's virtual time: no credit for having been idle.
+  rejoins at no less than the system's virtual time: no credit for having been idle, and none later
+  from refunds of work that it had paid for before.
 * `submit` checks the request limit, the token limit and the queue's room, and only then debits them
   all; a refused request costs nothing.
 
@@ -22,7 +24,7 @@ import heapq
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scheduler.buckets import TokenBucket
 from scheduler.ledger import WINDOWS_S, Ledger
@@ -34,7 +36,7 @@ class Seat:
     """One pledge's place in the scheduler. Only `Admission` writes it.
 
     Invariants: `in_flight` is the number of sequences of its running tickets; `tag` is finite and a
-    queued seat's tag is at least the virtual time at which it joined the queue.
+    queued seat's tag is at least `joined_at`.
     """
 
     def __init__(self, terms: SeatTerms, policy: Policy, now: float) -> None:
@@ -45,6 +47,10 @@ class Seat:
         """Sequences of the queued tickets."""
         self.in_flight = 0
         self.tag = 0.0
+        self.joined_at = 0.0
+        """Virtual time when its queue was last empty and a request came."""
+        self.lifts = 0
+        """How often it came back behind the virtual time and was lifted to it."""
         self.expected_output = policy.initial_output_tokens
         self.requests = TokenBucket(terms.rpm_limit, now)
         self.tokens = TokenBucket(terms.tpm_limit, now)
@@ -163,7 +169,8 @@ class Admission:
         if refusal is not None:
             seat.outcomes[Outcome.REJECTED] += sum(ask.count for ask in asks)
             return refusal
-        return [self._enqueue(seat, ask, now) for ask in asks]
+        reserves = self._reserves(seat, asks)
+        return [self._enqueue(seat, ask, reserve, now) for ask, reserve in zip(asks, reserves, strict=True)]
 
     def charge_request(self, seat_id: str, now: float) -> Refusal | None:
         """Debit one request that never enters the engine (token counting)."""
@@ -239,7 +246,7 @@ class Admission:
             return
         refund = (cached_tokens - ticket.cached_tokens) * self.policy.input_weight
         ticket.cached_tokens = cached_tokens
-        ticket.seat.tag -= refund / ticket.seat.terms.weight
+        self._charge(ticket, -refund)
         self._refresh(ticket.seat)
 
     # --- readings ----------------------------------------------------------------------------------
@@ -276,14 +283,24 @@ class Admission:
     # --- inside ------------------------------------------------------------------------------------
 
     def _refusal(self, seat: Seat, asks: Sequence[Ask], now: float) -> Refusal | None:
+        never = self._closed_refusal(seat) or self._size_refusal(seat, asks)
+        if never is not None:
+            return never
         count = sum(ask.count for ask in asks)
-        return (
-            self._closed_refusal(seat)
-            or self._size_refusal(seat, asks)
-            or self._request_limit_refusal(seat, count, now)
-            or self._token_limit_refusal(seat, asks, now)
-            or self._queue_refusal(seat, count)
-        )
+        refusals = [
+            refusal
+            for refusal in (
+                self._request_limit_refusal(seat, count, now),
+                self._token_limit_refusal(seat, asks, now),
+                self._queue_refusal(seat, count),
+            )
+            if refusal is not None
+        ]
+        if not refusals:
+            return None
+        # A retry is admitted once all that refuses it now has passed, not just the first.
+        wait = max(refusal.retry_after_s or 0.0 for refusal in refusals)
+        return replace(refusals[0], retry_after_s=wait)
 
     def _closed_refusal(self, seat: Seat) -> Refusal | None:
         if self.draining:
@@ -311,13 +328,21 @@ class Admission:
         return _limit_refusal(Reason.REQUEST_LIMIT, seat.requests, count, wait, now)
 
     def _token_limit_refusal(self, seat: Seat, asks: Sequence[Ask], now: float) -> Refusal | None:
-        tokens = sum(ask.input_tokens + self._expected_output(seat, ask) for ask in asks)
-        # A request whose expected output alone overshoots the limit may still be short: reserve all there is.
-        tokens = min(tokens, seat.terms.tpm_limit)
+        tokens = sum(self._reserves(seat, asks))
         wait = seat.tokens.wait_s(tokens, now)
         if wait == 0:
             return None
         return _limit_refusal(Reason.TOKEN_LIMIT, seat.tokens, tokens, wait, now)
+
+    def _reserves(self, seat: Seat, asks: Sequence[Ask]) -> list[int]:
+        """Tokens to take from the token limit for each prompt, together never more than the limit: a
+        request whose expected output overshoots it may still be short, so it reserves all there is."""
+        left = seat.terms.tpm_limit
+        reserves = []
+        for ask in asks:
+            reserves.append(min(left, ask.input_tokens + self._expected_output(seat, ask)))
+            left -= reserves[-1]
+        return reserves
 
     def _queue_refusal(self, seat: Seat, count: int) -> Refusal | None:
         bound = self._queue_bound(seat)
@@ -338,7 +363,7 @@ class Admission:
         """Output tokens over all sequences, by the seat's running mean; whole, so that sums stay exact."""
         return ask.count * min(math.ceil(seat.expected_output), ask.max_tokens)
 
-    def _enqueue(self, seat: Seat, ask: Ask, now: float) -> Ticket:
+    def _enqueue(self, seat: Seat, ask: Ask, reserved_tokens: int, now: float) -> Ticket:
         self._last_number += 1
         policy, terms = self.policy, seat.terms
         due = now + policy.first_token_grace_s + ask.input_tokens / terms.prefill_tok_s
@@ -353,17 +378,23 @@ class Admission:
             expires_at=now + policy.queue_timeout_s,
         )
         seat.requests.take(ask.count, now)
-        reserve = ask.input_tokens + self._expected_output(seat, ask)
-        ticket.reserved_tokens = min(reserve, terms.tpm_limit)
-        seat.tokens.take(ticket.reserved_tokens, now)
+        ticket.reserved_tokens = reserved_tokens
+        seat.tokens.take(reserved_tokens, now)
         if not seat.queue:
-            seat.tag = max(seat.tag, self.virtual_time)
+            self._rejoin(seat)
         seat.queue[ticket.number] = ticket
         seat.waiting += ticket.count
         self._queued[ticket.number] = ticket
         seat.ledger.expect(ticket.number, ticket.count, due)
         self._refresh(seat)
         return ticket
+
+    def _rejoin(self, seat: Seat) -> None:
+        """Start backlogged at the virtual time of those who are, however long the seat was idle."""
+        seat.joined_at = self.virtual_time
+        if seat.tag < self.virtual_time:
+            seat.tag = self.virtual_time
+            seat.lifts += 1
 
     def _fits(self, ticket: Ticket, *, owed: bool) -> bool:
         if self.in_flight == 0:
@@ -389,7 +420,8 @@ class Admission:
         ticket.dispatched_at = now
         ticket.expected_output = self._expected_output(seat, ticket)
         self._kv_in_use += ticket.input_tokens + ticket.expected_output
-        seat.tag += ticket.input_tokens * policy.input_weight / seat.terms.weight
+        ticket.lifts = seat.lifts
+        self._charge(ticket, ticket.input_tokens * policy.input_weight)
         self._charge_output(ticket, ticket.expected_output)
         seat.outcomes[Outcome.DISPATCHED] += ticket.count
         seat.input_tokens += ticket.input_tokens
@@ -405,7 +437,17 @@ class Admission:
         """Make `output_tokens` what the ticket has paid for, up or down."""
         change = (output_tokens - ticket.charged_output) * self.policy.output_weight
         ticket.charged_output = output_tokens
-        ticket.seat.tag += change / ticket.seat.terms.weight
+        self._charge(ticket, change)
+
+    @staticmethod
+    def _charge(ticket: Ticket, cost: float) -> None:
+        """Move the seat's virtual time by `cost`, which is negative for a refund."""
+        seat = ticket.seat
+        if cost >= 0:
+            seat.tag += cost / seat.terms.weight
+        elif ticket.lifts == seat.lifts:
+            seat.tag = max(seat.joined_at, seat.tag + cost / seat.terms.weight)
+        # Else the seat was lifted since: the charge is forgiven, and a refund would be credit for idling.
 
     def _finish(self, ticket: Ticket, now: float) -> None:
         seat = ticket.seat
@@ -505,7 +547,7 @@ def _is_backlogged(seat: Seat) -> bool:
 
 
 def _is_owed(seat: Seat) -> bool:
-    return bool(seat.queue) and seat.unused > 0
+    return bool(seat.queue) and _head(seat).count <= seat.unused
 
 
 def _limit_refusal(reason: Reason, bucket: TokenBucket, requested: float, wait: float, now: float) -> Refusal:

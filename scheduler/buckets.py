@@ -27,9 +27,10 @@ class TokenBucket:
         """Seconds until `units` could be taken: 0 if now, `inf` if never."""
         if units > self.limit:
             return math.inf
-        # A hair of slack: a retry exactly on time must not fail on the last bit of a float.
-        missing = units - self.level(now) - 1e-9
-        return max(0.0, missing * 60.0 / self.limit)
+        missing = units - self.level(now)
+        # A hair of slack, but not in the wait: a retry exactly on time must not fail on the last bits of
+        # its clock, which weigh as much as the limit is high.
+        return missing * 60.0 / self.limit if missing > 1e-9 * self.limit else 0.0
 
     def take(self, units: float, now: float) -> None:
         """Take `units`; the caller has seen that they are there."""

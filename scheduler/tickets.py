@@ -97,6 +97,7 @@ class Ticket:
         "expires_at",
         "first_token_at",
         "input_tokens",
+        "lifts",
         "max_tokens",
         "number",
         "produced",
@@ -137,6 +138,8 @@ class Ticket:
         """Output tokens over all sequences, as expected at dispatch."""
         self.charged_output = 0
         """Output tokens charged so far to virtual time."""
+        self.lifts = 0
+        """The seat's `lifts` at dispatch: a refund counts only until the next one."""
         self.cached_tokens = 0
         self.produced = 0
         """Output tokens the engine has made, over all sequences."""

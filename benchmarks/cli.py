@@ -1,0 +1,149 @@
+"""The command line of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NoReturn
+
+from matplotlib.figure import Figure
+
+from benchmarks import fairness, noisy_neighbour, report
+from benchmarks.servers import ServerStartError
+
+_EXAMPLES = """\
+examples:
+  python -m benchmarks noisy-neighbour --model var/demo-model
+      a quiet seat beside 64 noisy streams, our node and plain vLLM in turns, about 6 minutes
+  python -m benchmarks noisy-neighbour --model var/demo-model --quick
+      the same in one short round: shows the shape, proves nothing
+  python -m benchmarks fairness --model var/demo-model --rounds 0 --pairs 20
+      only the lone seat's throughput against plain vLLM, in 20 pairs
+
+Results go to --out: result.json with every row, a picture, the servers' logs. Exit status: 0 when every
+target is met, 1 when one is not, 2 when a server did not start, 130 after Ctrl-C.
+"""
+
+Ran = tuple[report.Result, Callable[[report.Result, Figure], None]]
+
+
+def main(argv: list[str]) -> int:
+    """Parse, run, report. Progress goes to stderr, the table to stdout."""
+    arguments = _parser().parse_args(argv)
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    folder = arguments.out or Path("var/bench") / f"{arguments.scenario}-{stamp}"
+    folder.mkdir(parents=True, exist_ok=True)
+    # A terminated benchmark stops its servers as an interrupted one does.
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        result, plot = _SCENARIOS[arguments.scenario](arguments, folder)
+    except ServerStartError as failure:
+        print(failure, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the servers are stopped", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    written = report.write(result, folder, plot)
+    print(f"\n{result}\n")
+    for path in written:
+        print(f"written: {path}")
+    return 0 if all(check.met for check in result.checks) else 1
+
+
+def _noisy_neighbour(arguments: argparse.Namespace, folder: Path) -> Ran:
+    config = noisy_neighbour.Config(
+        model=arguments.model,
+        folder=folder,
+        rounds=arguments.rounds,
+        phase_s=arguments.phase_s,
+        max_num_seqs=arguments.max_num_seqs,
+        noisy_streams=arguments.noisy_streams,
+        seed=arguments.seed,
+    )
+    if arguments.quick:
+        config = replace(config, rounds=1, phase_s=8.0, warm_s=2.0, quiet_interval_s=0.4)
+    return noisy_neighbour.run(config, _Clock().say), noisy_neighbour.plot
+
+
+def _fairness(arguments: argparse.Namespace, folder: Path) -> Ran:
+    config = fairness.Config(
+        model=arguments.model,
+        folder=folder,
+        rounds=arguments.rounds,
+        pairs=arguments.pairs,
+        max_num_seqs=arguments.max_num_seqs,
+        lone_connections=arguments.lone_connections,
+        seed=arguments.seed,
+    )
+    if arguments.quick:
+        config = replace(
+            config, rounds=min(1, config.rounds), share_s=8.0, pairs=min(2, config.pairs), pair_s=4.0
+        )
+    return fairness.run(config, _Clock().say), fairness.plot
+
+
+_SCENARIOS: dict[str, Callable[[argparse.Namespace, Path], Ran]] = {
+    "noisy-neighbour": _noisy_neighbour,
+    "fairness": _fairness,
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks",
+        description="Measure vLLM with seats against plain vLLM, in turns on one machine.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    scenarios = parser.add_subparsers(dest="scenario", required=True, metavar="SCENARIO")
+    noisy = scenarios.add_parser(
+        "noisy-neighbour", help="a quiet seat alone, then beside many random-length streams of another"
+    )
+    _common_options(noisy, rounds=3)
+    noisy.add_argument("--phase-s", type=_positive, default=20.0, help="seconds per phase (default 20)")
+    noisy.add_argument("--noisy-streams", type=int, default=64, help="open noisy streams (default 64)")
+    fair = scenarios.add_parser(
+        "fairness", help="two backlogged seats' shares, and a lone seat's throughput against plain vLLM"
+    )
+    _common_options(fair, rounds=5)
+    fair.add_argument("--pairs", type=int, default=10, help="lone-seat pairs, 0 for none (default 10)")
+    fair.add_argument("--lone-connections", type=int, default=32, help="the lone seat's streams (default 32)")
+    return parser
+
+
+def _common_options(parser: argparse.ArgumentParser, rounds: int) -> None:
+    parser.add_argument("--model", required=True, help="model folder or Hugging Face id")
+    parser.add_argument("--out", type=Path, help="results folder (default var/bench/<scenario>-<UTC time>)")
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"rounds (default {rounds})")
+    parser.add_argument("--max-num-seqs", type=int, default=32, help="the engine's slots (default 32)")
+    parser.add_argument("--seed", type=int, default=1, help="of lengths, pauses and intervals (default 1)")
+    parser.add_argument("--quick", action="store_true", help="one short round, to see that it works")
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError("must be positive")
+    return value
+
+
+class _Clock:
+    """Progress lines that begin with the seconds since the benchmark began."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+
+    def say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self._began:5.0f} s] {text}", file=sys.stderr, flush=True)
+
+
+def _interrupt(_signal: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt

@@ -1,0 +1,64 @@
+"""From samples to figures: percentiles, paired ratios and bootstrap intervals. Pure and seeded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Samples = NDArray[np.float64]
+
+_RESAMPLES = 4000
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A figure and the interval that holds it with 95 % confidence, by bootstrap."""
+
+    value: float
+    low: float
+    high: float
+    samples: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def percentile(samples: Sequence[float], share: float) -> float:
+    """The sample at `share` (0 to 1), linearly interpolated; NaN of nothing."""
+    return float(np.quantile(samples, share)) if samples else float("nan")
+
+
+def median(samples: Sequence[float]) -> float:
+    return percentile(samples, 0.5)
+
+
+def median_estimate(samples: Sequence[float], seed: int) -> Estimate:
+    """The median of independent samples, such as one ratio per pair of runs."""
+    return _bootstrap([samples], lambda drawn: np.median(drawn[0], axis=1), seed)
+
+
+def percentile_ratio(over: Sequence[float], under: Sequence[float], share: float, seed: int) -> Estimate:
+    """The ratio of two systems' percentiles, each side resampled by itself."""
+    return _bootstrap(
+        [over, under],
+        lambda drawn: np.quantile(drawn[0], share, axis=1) / np.quantile(drawn[1], share, axis=1),
+        seed,
+    )
+
+
+def _bootstrap(
+    groups: Sequence[Sequence[float]], figure: Callable[[list[Samples]], Samples], seed: int
+) -> Estimate:
+    """Percentile bootstrap of `figure`, which maps one (resamples, n) array per group to n figures."""
+    arrays = [np.asarray(group, dtype=np.float64) for group in groups]
+    count = min(len(array) for array in arrays)
+    if count == 0:
+        return Estimate(float("nan"), float("nan"), float("nan"), 0)
+    rng = np.random.default_rng(seed)
+    drawn = [array[rng.integers(0, len(array), (_RESAMPLES, len(array)))] for array in arrays]
+    low, high = np.quantile(figure(drawn), (0.025, 0.975))
+    value = figure([array[np.newaxis, :] for array in arrays])[0]
+    return Estimate(float(value), float(low), float(high), count)

@@ -1,0 +1,407 @@
+"""An asyncio load generator for OpenAI streaming completions.
+
+It often shares the machine with the server that it measures, so it does little per chunk: it notes the
+time and keeps the last kilobytes of the stream. Token counts come from the server's usage, which every
+event carries (`continuous_usage_stats`) and which is read only when a count is wanted: at the ends of the
+measuring window and at the end of a request. Pieces of text are never counted, because tokens of a model
+with random weights can decode to nothing and one event can carry several tokens.
+
+Times are seconds since the phase began.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import aiohttp
+
+PROMPT_TOKEN_IDS = range(100, 1000)
+"""Prompts are random ids from here: past special tokens and inside every vocabulary worth measuring."""
+
+_TAIL_BYTES = 4096
+_COMPLETION_TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)(?=[,}\s])')
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a client sends its requests."""
+
+    base_url: str
+    model: str
+    api_key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Token counts drawn evenly from `low` to `high`, both included."""
+
+    low: int
+    high: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.low <= self.high:
+            raise ValueError(f"lengths need 1 <= low <= high, got {self}")
+
+    def draw(self, rng: random.Random) -> int:
+        return rng.randint(self.low, self.high)
+
+
+@dataclass(frozen=True, slots=True)
+class ClosedLoop:
+    """`connections` streams that each send the next request as soon as the last one ended."""
+
+    name: str
+    target: Target
+    connections: int
+    input_tokens: Lengths
+    output_tokens: Lengths
+    seed: str
+    max_requests: int = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Paced:
+    """Requests at given moments, whether or not earlier ones have been answered."""
+
+    name: str
+    target: Target
+    interval_s: float
+    input_tokens: Lengths
+    output_tokens: Lengths
+    seed: str
+    pacing: Literal["poisson", "fixed"] = "poisson"
+    max_requests: int = 10_000
+
+    def due_times(self) -> Iterator[float]:
+        """Moments to send at, s since the phase began; `max_requests` of them."""
+        rng = random.Random(f"{self.seed}/{self.name}/pace")
+        due_s = 0.0
+        for _ in range(self.max_requests):
+            due_s += rng.expovariate(1 / self.interval_s) if self.pacing == "poisson" else self.interval_s
+            yield due_s
+
+
+Client = ClosedLoop | Paced
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """One request as its client saw it."""
+
+    client: str
+    due_s: float
+    """When it should have been sent: `sent_s` later than this is the load generator's own delay."""
+    sent_s: float
+    input_tokens: int
+    max_tokens: int
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    finished_s: float | None = None
+    output_tokens: int = 0
+    """By the server's usage."""
+    max_gap_s: float = 0.0
+    """Longest wait between two reads of its tokens."""
+    status: int = 0
+    """HTTP status; 0 if there was no answer."""
+    error: str | None = None
+    retry_after_s: float | None = None
+    cut: bool = False
+    """Still running when the phase ended, and canceled by the client."""
+
+    @property
+    def ok(self) -> bool:
+        return self.error is None and not self.cut
+
+    @property
+    def ttft_s(self) -> float | None:
+        return None if self.first_token_s is None else self.first_token_s - self.sent_s
+
+    @property
+    def decode_tok_s(self) -> float | None:
+        """Rate after the first token; None for requests too short to have one."""
+        if self.first_token_s is None or self.last_token_s is None or self.output_tokens < 2:
+            return None
+        elapsed_s = self.last_token_s - self.first_token_s
+        return (self.output_tokens - 1) / elapsed_s if elapsed_s > 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """Tokens one client was served within the measuring window."""
+
+    input_tokens: int
+    """Of requests whose first token came within the window."""
+    output_tokens: int
+
+    def cost(self, input_weight: float = 1.0, output_weight: float = 2.0) -> float:
+        """What the fair queue would charge for it."""
+        return input_weight * self.input_tokens + output_weight * self.output_tokens
+
+    def __sub__(self, earlier: Served) -> Served:
+        return Served(
+            self.input_tokens - earlier.input_tokens,
+            self.output_tokens - earlier.output_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """What happened from `start_s` to `end_s`, the measuring window, and around it."""
+
+    start_s: float
+    end_s: float
+    served: dict[str, Served]
+    """By client name."""
+    records: list[RequestRecord]
+    """Of every request, warm-up included, in the order in which they ended."""
+    max_lag_s: float = 0.0
+    """Longest time for which the load generator itself did not get to run."""
+
+    @property
+    def window_s(self) -> float:
+        return self.end_s - self.start_s
+
+    def output_tok_s(self, client: str) -> float:
+        return self.served[client].output_tokens / self.window_s
+
+    def of(self, client: str) -> list[RequestRecord]:
+        """The client's requests that were due within the window."""
+        return [r for r in self.records if r.client == client and self.start_s <= r.due_s < self.end_s]
+
+
+class StreamTail:
+    """The last kilobytes of an event stream, from which its newest usage or error can be read.
+
+    Reads may cut events anywhere. An event longer than the tail is not understood.
+    """
+
+    __slots__ = ("_bytes",)
+
+    def __init__(self) -> None:
+        self._bytes = b""
+
+    def feed(self, chunk: bytes) -> None:
+        self._bytes = chunk if len(chunk) >= _TAIL_BYTES else (self._bytes + chunk)[-_TAIL_BYTES:]
+
+    def output_tokens(self) -> int:
+        """Completion tokens by the newest usage seen; 0 before there is one."""
+        found = _COMPLETION_TOKENS.findall(self._bytes)
+        return int(found[-1]) if found else 0
+
+    def has_token(self) -> bool:
+        """Whether a token has come: keep-alive comments and empty events are none."""
+        return any(event.get("choices") for event in self.events())
+
+    def error(self) -> str | None:
+        """The message of the last error event."""
+        errors = [event["error"] for event in self.events() if "error" in event]
+        if not errors:
+            return None
+        return str(errors[-1].get("message", errors[-1])) if isinstance(errors[-1], dict) else str(errors[-1])
+
+    def events(self) -> list[dict[str, Any]]:
+        """Whole JSON events in the tail; its first line may be the end of a cut one and is then left out."""
+        events = []
+        for line in self._bytes.split(b"\n")[:-1]:
+            if not line.startswith(b"data: {"):
+                continue
+            try:
+                event = json.loads(line[6:])
+            except ValueError:
+                continue
+            if isinstance(event, dict):
+                events.append(event)
+        return events
+
+
+def completion_body(model: str, prompt: Sequence[int], max_tokens: int) -> bytes:
+    """A streaming completion of exactly `max_tokens` tokens, greedy, with usage in every event."""
+    return json.dumps(
+        {
+            "model": model,
+            "prompt": list(prompt),
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        }
+    ).encode()
+
+
+@dataclass(slots=True)
+class _Meter:
+    """One client's running totals, and the streams whose output is not in them yet."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    live: set[StreamTail] = field(default_factory=set)
+
+    def read(self) -> Served:
+        in_flight = sum(tail.output_tokens() for tail in self.live)
+        return Served(self.input_tokens, self.output_tokens + in_flight)
+
+
+async def run_phase(
+    clients: Sequence[Client],
+    *,
+    warm_s: float,
+    window_s: float,
+    drain_s: float = 30.0,
+    max_records: int = 200_000,
+) -> Phase:
+    """Let all clients run for `warm_s + window_s` and measure the latter part.
+
+    After that the paced clients' open requests have `drain_s` to be answered, beside the closed loops
+    which go on; whatever is left then is canceled and marked `cut`. At most `max_records` are kept.
+
+    Raises ValueError when two clients share a name.
+    """
+    if len({client.name for client in clients}) != len(clients):
+        raise ValueError("each client of a phase needs a name of its own")
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=120)
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0), timeout=timeout, auto_decompress=False
+    ) as session:
+        run = _PhaseRun(session, max_records)
+        meters = {client.name: run.meters.setdefault(client.name, _Meter()) for client in clients}
+        closed = [
+            asyncio.create_task(run.closed_stream(client, stream))
+            for client in clients
+            if isinstance(client, ClosedLoop)
+            for stream in range(client.connections)
+        ]
+        paced = [
+            asyncio.create_task(run.paced_stream(client, warm_s + window_s))
+            for client in clients
+            if isinstance(client, Paced)
+        ]
+        watch = asyncio.create_task(run.watch_own_lag())
+        try:
+            await asyncio.sleep(warm_s - run.now())
+            start_s, before = run.now(), {name: meter.read() for name, meter in meters.items()}
+            await asyncio.sleep(warm_s + window_s - run.now())
+            end_s, after = run.now(), {name: meter.read() for name, meter in meters.items()}
+            if paced:
+                await asyncio.wait(paced, timeout=drain_s)
+        finally:
+            tasks = [watch, *closed, *paced]
+            for task in tasks:
+                task.cancel()
+            ended = await asyncio.gather(*tasks, return_exceptions=True)
+    for failure in ended:
+        # What a server does wrong is in the records; anything else is a defect of the load generator.
+        if isinstance(failure, Exception):
+            raise failure
+    served = {name: after[name] - before[name] for name in meters}
+    return Phase(start_s, end_s, served, run.records, run.max_lag_s)
+
+
+class _PhaseRun:
+    """The moving parts of one phase: its clock, session, meters and records."""
+
+    def __init__(self, session: aiohttp.ClientSession, max_records: int) -> None:
+        self._session = session
+        self._loop = asyncio.get_running_loop()
+        self._began = self._loop.time()
+        self._max_records = max_records
+        self.meters: dict[str, _Meter] = {}
+        self.records: list[RequestRecord] = []
+        self.max_lag_s = 0.0
+
+    def now(self) -> float:
+        return self._loop.time() - self._began
+
+    async def watch_own_lag(self, tick_s: float = 0.05) -> None:
+        """Note how late this task wakes: figures taken while the generator starved are not the server's."""
+        while True:
+            asleep = self.now()
+            await asyncio.sleep(tick_s)
+            self.max_lag_s = max(self.max_lag_s, self.now() - asleep - tick_s)
+
+    async def closed_stream(self, client: ClosedLoop, stream: int) -> None:
+        rng = random.Random(f"{client.seed}/{client.name}/{stream}")
+        for _ in range(max(1, client.max_requests // client.connections)):
+            record = await self._request(client, rng, due_s=self.now())
+            if not record.ok:
+                # A refused client that comes straight back would measure the refusals' cost.
+                await asyncio.sleep(min(record.retry_after_s or 0.2, 1.0))
+
+    async def paced_stream(self, client: Paced, until_s: float) -> None:
+        rng = random.Random(f"{client.seed}/{client.name}")
+        async with asyncio.TaskGroup() as open_requests:
+            for due_s in client.due_times():
+                if due_s >= until_s:
+                    break
+                await asyncio.sleep(due_s - self.now())
+                open_requests.create_task(self._request(client, rng, due_s))
+
+    async def _request(self, client: Client, rng: random.Random, due_s: float) -> RequestRecord:
+        """Send one request, read it to its end and record it, also when it is canceled meanwhile."""
+        prompt = rng.choices(PROMPT_TOKEN_IDS, k=client.input_tokens.draw(rng))
+        max_tokens = client.output_tokens.draw(rng)
+        body = completion_body(client.target.model, prompt, max_tokens)
+        meter, tail = self.meters[client.name], StreamTail()
+        record = RequestRecord(client.name, due_s, self.now(), len(prompt), max_tokens)
+        meter.live.add(tail)
+        try:
+            await self._exchange(client.target, body, record, tail, meter)
+        except asyncio.CancelledError:
+            record.cut = True
+            raise
+        except (aiohttp.ClientError, TimeoutError, OSError) as failure:
+            record.error = f"{type(failure).__name__}: {failure}"
+        finally:
+            record.finished_s = self.now()
+            record.output_tokens = tail.output_tokens()
+            meter.live.discard(tail)
+            meter.output_tokens += record.output_tokens
+            if len(self.records) < self._max_records:
+                self.records.append(record)
+        return record
+
+    async def _exchange(
+        self, target: Target, body: bytes, record: RequestRecord, tail: StreamTail, meter: _Meter
+    ) -> None:
+        headers = {"content-type": "application/json"}
+        if target.api_key:
+            headers["authorization"] = f"Bearer {target.api_key}"
+        async with self._session.post(
+            f"{target.base_url}/v1/completions", data=body, headers=headers
+        ) as answer:
+            record.status = answer.status
+            record.retry_after_s = _seconds(answer.headers.get("retry-after"))
+            if answer.status != 200:
+                record.error = (await answer.text())[:500] or f"HTTP {answer.status}"
+                return
+            await self._read_stream(answer.content, record, tail, meter)
+        if tail.output_tokens() == 0 or record.first_token_s is None:
+            record.error = tail.error() or "the stream ended without a token"
+        elif tail.output_tokens() < record.max_tokens:
+            record.error = tail.error() or "the stream ended early"
+
+    async def _read_stream(
+        self, content: aiohttp.StreamReader, record: RequestRecord, tail: StreamTail, meter: _Meter
+    ) -> None:
+        while chunk := await content.readany():
+            tail.feed(chunk)
+            now = self.now()
+            if record.last_token_s is not None:
+                record.max_gap_s = max(record.max_gap_s, now - record.last_token_s)
+                record.last_token_s = now
+            elif tail.has_token():
+                record.first_token_s = record.last_token_s = now
+                meter.input_tokens += record.input_tokens
+
+
+def _seconds(header: str | None) -> float | None:
+    try:
+        return None if header is None else float(header)
+    except ValueError:
+        return None

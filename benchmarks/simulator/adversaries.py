@@ -1,0 +1,78 @@
+"""Random scenarios that try to make admission break a promise; a seed gives always the same one."""
+
+from __future__ import annotations
+
+import random
+
+from benchmarks.simulator.clients import Client, ClosedLoop, OnOff, OpenLoop, Shape
+from benchmarks.simulator.simulation import Change, Scenario, SeatPlan
+from scheduler import Capacity, Policy, SeatTerms
+
+SPAN_S = 3.0
+"""How long the clients stay."""
+
+
+def random_scenario(seed: int) -> Scenario:
+    """Two to five seats, each with one or two clients of random habits, on a small node."""
+    rng = random.Random(f"scenario/{seed}")
+    slots = rng.choice((2, 4, 8, 12))
+    kv_tokens = rng.choice((700, 2_000, 100_000))
+    guarantee = rng.choice((0.0, 0.0, 20.0))
+    names = [f"seat{i}" for i in range(rng.randint(2, 5))]
+    return Scenario(
+        seats=tuple(_seat(name, guarantee, rng) for name in names),
+        clients=tuple(_client(name, slots, rng) for name in names for _ in range(rng.randint(1, 2))),
+        capacity=Capacity(slots, kv_tokens),
+        # Small first guesses, bounds and timeouts, so that short runs reach them.
+        policy=Policy(
+            initial_output_tokens=rng.choice((8.0, 32.0, 256.0)),
+            max_queued_per_seat=rng.choice((4, 16, 256)),
+            queue_timeout_s=rng.choice((1.0, 60.0)),
+        ),
+        changes=_changes(slots, kv_tokens, rng),
+    )
+
+
+def _seat(name: str, guarantee: float, rng: random.Random) -> SeatPlan:
+    terms = SeatTerms(
+        seat_id=name,
+        quantity=rng.choice((1, 1, 2, 3)),
+        guarantee_tok_s=guarantee,
+        prefill_tok_s=rng.choice((500.0, 5_000.0)),
+        rpm_limit=rng.choice((20, 100_000, 100_000)),
+        tpm_limit=rng.choice((2_000, 10_000_000, 10_000_000)),
+    )
+    border = rng.uniform(0.5, SPAN_S)
+    blocks: tuple[tuple[float, float | None], ...] = ((0.0, None),)
+    if rng.random() < 0.25:
+        blocks = ((0.0, border), (border + 0.3, None))
+    return SeatPlan(terms, blocks)
+
+
+def _client(name: str, slots: int, rng: random.Random) -> Client:
+    shape = Shape(
+        input_tokens=rng.choice(((1, 16), (16, 64), (200, 500))),
+        output_tokens=rng.choice(((1, 4), (4, 24), (4, 24), (100, 200))),
+        max_tokens=rng.choice((8, 64, 256)),
+        count=rng.choice((1, 1, 1, 2, max(1, slots // 2))),
+        prompts=rng.choice((1, 1, 1, 3)),
+        cached_share=rng.choice((0.0, 0.0, 0.9)),
+        cancel_share=rng.choice((0.0, 0.0, 0.5)),
+    )
+    arrivals = rng.choice(
+        (
+            OpenLoop(rng.choice((3.0, 15.0))),
+            OnOff(rng.choice((15.0, 30.0)), on_s=0.5, off_s=0.5),
+            ClosedLoop(rng.choice((1, 3, 2 * slots))),
+            ClosedLoop(1, think_s=0.2),
+        )
+    )
+    start_s = rng.choice((0.0, 0.0, 1.0))
+    return Client(name, arrivals, shape, start_s, SPAN_S, retries=rng.random() < 0.5)
+
+
+def _changes(slots: int, kv_tokens: int, rng: random.Random) -> tuple[Change, ...]:
+    """Now and then the node slows down, or grows; it never shrinks below what it has promised to fit."""
+    if rng.random() < 0.8:
+        return ()
+    return (Change(1.0, Capacity(slots + rng.choice((0, 4)), kv_tokens), slowdown=rng.choice((1.0, 3.0))),)

@@ -1,0 +1,5 @@
+"""`python -m boosts` is `boosts`."""
+
+from boosts.cli import main
+
+main()

@@ -1,0 +1,103 @@
+"""`boosts`: run a demo node, serve a model, make keys, run benchmarks.
+
+Commands import what they need when they run, so that `boosts --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Guaranteed inference throughput on shared GPUs.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+keys = typer.Typer(help="Boost keys for an entitlements file.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
+
+# These commands have a parser of their own, `--help` included, and get their arguments as they are.
+_PASS_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command()
+def run(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Hugging Face model id or folder (default: a small demo model, built here)"),
+    ] = None,
+    engine_flags: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- VLLM FLAGS]", help="vLLM's own flags, behind a double dash"),
+    ] = None,
+) -> None:
+    """Start a demo node in the foreground: vLLM, a model, and seats with their keys.
+
+    Ports and data come from the environment: BOOSTS_INFERENCE_PORT (8001), BOOSTS_STATS_PORT (8002),
+    BOOSTS_HOME (var/). Ctrl-C stops everything.
+
+    \b
+    examples:
+      boosts run
+      BOOSTS_INFERENCE_PORT=9001 BOOSTS_STATS_PORT=9002 boosts run
+      boosts run --model Qwen/Qwen3-0.6B -- --max-num-seqs 16
+    """
+    from boosts.embedded import DemoSettings, StackError, run_demo
+
+    try:
+        settings = DemoSettings.from_environment(os.environ, model, tuple(engine_flags or ()))
+        raise typer.Exit(run_demo(settings))
+    except StackError as error:
+        print(f"boosts run: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+@app.command(context_settings=_PASS_ARGUMENTS)
+def serve(context: typer.Context) -> None:
+    """Serve a model to the seats of an entitlements file (boosts serve --help)."""
+    from serving.__main__ import main as serve_main
+
+    raise typer.Exit(serve_main(context.args))
+
+
+@app.command(context_settings=_PASS_ARGUMENTS)
+def bench(context: typer.Context) -> None:
+    """Measure a node against plain vLLM (boosts bench --help)."""
+    from benchmarks.cli import main as bench_main
+
+    arguments = list(context.args)
+    wants_model = bool(arguments) and not {"-h", "--help"} & set(arguments)
+    if wants_model and not any(argument.startswith("--model") for argument in arguments):
+        from boosts.demo_model import build_demo_model
+
+        home = Path(os.environ.get("BOOSTS_HOME", "var"))
+        arguments += ["--model", str(build_demo_model(home / "demo-model"))]
+    raise typer.Exit(bench_main(arguments))
+
+
+@keys.command("new")
+def keys_new() -> None:
+    """Make a boost key: the key for its customer, the hash for the entitlements file.
+
+    Only the hash is stored anywhere; the key is shown this once.
+
+    \b
+    example:
+      boosts keys new
+    """
+    from contract.keys import key_sha256, new_boost_key
+
+    key = new_boost_key()
+    print(f"key         {key}")
+    print(f"key_sha256  {key_sha256(key)}")
+
+
+def main() -> None:
+    """The `boosts` program."""
+    app(prog_name="boosts")

@@ -1,0 +1,139 @@
+"""Entitlements: the full, versioned snapshot of who may use a node, when, and with what guarantee.
+
+Always the whole state, never a change to it, so that a reader that missed ten versions is as well
+off as one that missed none. A snapshot needs no call at a block border: it holds the block times.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
+
+from contract.blocks import Block, DaySpan, format_clock, parse_clock
+from contract.errors import ContractError
+
+VERSION = 1
+MAX_PLEDGES = 10_000
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+def _clock(value: object) -> object:
+    return parse_clock(value) if isinstance(value, str) else value
+
+
+ClockTime = Annotated[int, BeforeValidator(_clock), PlainSerializer(format_clock, when_used="json")]
+"""Seconds since midnight UTC; `HH:MM` or `HH:MM:SS` in JSON."""
+
+
+class PledgeStatus(enum.Enum):
+    ACTIVE = "active"
+    PAST_DUE = "past_due"
+
+
+class PoolStatus(enum.Enum):
+    ACTIVATING = "activating"
+    ACTIVE = "active"
+    PAUSED = "paused"
+
+
+class BlockTime(_Strict):
+    """One block of a pledge, with its times spelled out."""
+
+    block: Block
+    starts: ClockTime
+    ends: ClockTime
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        _ = self.span
+        return self
+
+    @property
+    def span(self) -> DaySpan:
+        return DaySpan(self.starts, self.ends)
+
+    @classmethod
+    def of(cls, block: Block) -> BlockTime:
+        """The block at its fixed hours."""
+        return cls(block=block, starts=block.span.start_s, ends=block.span.end_s)
+
+
+class PledgeEntitlement(_Strict):
+    """One pledge: its key, when it may be used, and what it may use."""
+
+    pledge_id: Annotated[str, Field(min_length=1, max_length=100)]
+    key_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    status: PledgeStatus
+    quantity: Annotated[int, Field(ge=1, le=20)]
+    rpm_limit: Annotated[int, Field(ge=1)]
+    """Requests per minute over the whole quantity."""
+    tpm_limit: Annotated[int, Field(ge=1)]
+    """Tokens per minute, input and output, over the whole quantity."""
+    blocks: Annotated[tuple[BlockTime, ...], Field(min_length=1, max_length=len(Block))]
+    valid_until: AwareDatetime
+    """Without a newer snapshot the pledge ends here (period end + 72 h)."""
+
+    @property
+    def spans(self) -> tuple[DaySpan, ...]:
+        return tuple(block.span for block in self.blocks)
+
+
+class PoolTerms(_Strict):
+    """What every seat of the pool has in common."""
+
+    slug: Annotated[str, Field(min_length=1, max_length=100)]
+    status: PoolStatus
+    guarantee_tok_s: Annotated[float, Field(ge=0)]
+    """Output tokens per second guaranteed to each seat; 0 for none."""
+    prefill_tok_s: Annotated[float, Field(gt=0)]
+    """Input tokens per second by which a first token is due, for each seat."""
+
+
+class Entitlements(_Strict):
+    """A snapshot. Of one store, a higher revision is newer."""
+
+    version: Literal[1]
+    store_id: Annotated[str, Field(min_length=1, max_length=100)]
+    revision: Annotated[int, Field(ge=1)]
+    pool: PoolTerms
+    pledges: Annotated[tuple[PledgeEntitlement, ...], Field(max_length=MAX_PLEDGES)]
+
+    @model_validator(mode="after")
+    def _unique(self) -> Self:
+        _refuse_repeated("pledge_id", (pledge.pledge_id for pledge in self.pledges))
+        _refuse_repeated("key_sha256", (pledge.key_sha256 for pledge in self.pledges))
+        return self
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2)
+
+
+def parse_entitlements(text: str | bytes) -> Entitlements:
+    """Parse a snapshot. Raises ContractError, which names each fault by its path."""
+    try:
+        return Entitlements.model_validate_json(text)
+    except ValidationError as error:
+        raise ContractError.from_validation("entitlements", error) from None
+
+
+def _refuse_repeated(field: str, values: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for value in values:
+        if value in seen:
+            raise ValueError(f"{field} {value!r} stands twice; each pledge needs its own")
+        seen.add(value)

@@ -1,0 +1,63 @@
+"""Throughput reports: what a node delivered, as counters that only grow.
+
+Cumulative within one boot of the serving process, so a lost report loses nothing: the next one has
+it all. (boot_id, sequence) orders them and makes storing one twice harmless.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+
+from contract.errors import ContractError
+
+VERSION = 1
+
+Count = Annotated[int, Field(ge=0)]
+Tokens = Annotated[float, Field(ge=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class SeatThroughput(_Strict):
+    """One pledge's counters since boot, and its state now."""
+
+    pledge_id: Annotated[str, Field(min_length=1, max_length=100)]
+    dispatched: Count
+    rejected: Count
+    evicted: Count
+    canceled: Count
+    input_tokens: Count
+    cached_tokens: Count
+    """Of the input tokens, those the prefix cache had."""
+    output_tokens: Count
+    """Delivered: tokens the engine produced, whatever the client read of them."""
+    owed_tokens: Tokens
+    shortfall_tokens: Tokens
+    """Owed and not delivered by the end of their busy period."""
+    attainment_60s: Annotated[float, Field(ge=0, le=1)] | None
+    """Delivered over owed in the last 60 s, at most 1; null where nothing was owed."""
+    queued: Count
+    in_flight: Count
+
+
+class ThroughputReport(_Strict):
+    """What serving's stats endpoint answers and a control plane stores."""
+
+    version: Literal[1]
+    boot_id: Annotated[str, Field(min_length=1, max_length=100)]
+    sequence: Annotated[int, Field(ge=1)]
+    at: AwareDatetime
+    entitlements_revision: Count
+    seats: tuple[SeatThroughput, ...]
+
+
+def parse_report(text: str | bytes) -> ThroughputReport:
+    """Parse a report. Raises ContractError, which names each fault by its path."""
+    try:
+        return ThroughputReport.model_validate_json(text)
+    except ValidationError as error:
+        raise ContractError.from_validation("throughput report", error) from None

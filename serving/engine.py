@@ -1,0 +1,121 @@
+"""The engine client with seats. Written for vLLM 0.32, whose classes it extends at two points:
+
+* `AsyncLLM.generate` is the one door of every text endpoint, after tokenisation and before dispatch:
+  here a prompt waits for its place.
+* `OutputProcessor.process_outputs` sees every step's new tokens, whether or not the client reads or
+  streams them: here they are counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import SamplingParams
+from vllm.utils import length_from_prompt_token_ids_or_embeds
+from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput
+
+from scheduler import Ask, Capacity
+from serving.node import Node, RefusedError, StepOutput, current_verdict, engine_request_id
+
+VLLM_VERSIONS = "0.32."
+"""The versions this file was written for; `launch` refuses others."""
+
+_ENGINE_OPTIONS = (
+    "lora_request",
+    "tokenization_kwargs",
+    "prompt_text",
+    "reasoning_ended",
+    "reasoning_parser_kwargs",
+)
+"""What of vLLM's own options goes on to the engine: nothing that a client could set to jump the queue."""
+
+
+class SeatLLM(AsyncLLM):
+    """vLLM's engine client, whose `generate` waits for admission.
+
+    `node` is set by `launch` once the engine has told how much it holds, before the first request.
+    """
+
+    node: Node
+    _metered = False
+
+    def capacity(self) -> Capacity:
+        """What the running engine can hold at once."""
+        cache = self.vllm_config.cache_config
+        kv_blocks = cache.num_gpu_blocks or 1
+        return Capacity(slots=self.scheduler_config.max_num_seqs, kv_tokens=kv_blocks * cache.block_size)
+
+    async def generate(
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        # Not one of vLLM's many keyword parameters by name: those that may pass are listed once, above.
+        verdict = current_verdict.get()
+        options = {name: options[name] for name in _ENGINE_OPTIONS if name in options}
+        try:
+            async with (
+                self.node.enter(verdict, _ask(prompt, sampling_params)) as ticket,
+                aclosing(
+                    super().generate(prompt, sampling_params, engine_request_id(ticket), **options)
+                ) as outputs,
+            ):
+                async for output in outputs:
+                    yield output
+        except RefusedError:
+            # To vLLM a refused request is one whose client left: it unwinds without an answer of its
+            # own and without a log entry. The gateway gives the answer.
+            raise asyncio.CancelledError from None
+
+    def _run_output_handler(self) -> None:
+        # Before vLLM's loop takes its reference to the processor.
+        if not self._metered:
+            self._metered = True
+            _meter(self.output_processor, self)
+        super()._run_output_handler()
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Called by vLLM off the event loop on SIGTERM: the queue goes back to its clients, what runs
+        has `timeout` seconds to finish."""
+        node = getattr(self, "node", None)
+        if node is not None and not node.admission.draining:
+            node.loop.call_soon_threadsafe(node.drain)
+        super().shutdown(timeout)
+
+
+def _ask(prompt: Any, params: SamplingParams) -> Ask:
+    input_tokens = length_from_prompt_token_ids_or_embeds(
+        prompt.get("prompt_token_ids"), prompt.get("prompt_embeds")
+    )
+    return Ask(input_tokens, max(1, params.max_tokens or 1), params.n)
+
+
+def _meter(processor: OutputProcessor, engine: SeatLLM) -> None:
+    """Let `engine.node` see every step that `processor` handles."""
+    process_outputs = processor.process_outputs
+
+    def metered(outputs: list[EngineCoreOutput], *args: Any, **kwargs: Any) -> OutputProcessorOutput:
+        # Which request it is and how many tokens the engine made is known before vLLM has trimmed
+        # tokens behind a stop string and forgotten what is finished.
+        states = processor.request_states
+        steps = [
+            (states[output.request_id].external_req_id, len(output.new_token_ids), _cached_tokens(output))
+            for output in outputs
+            if output.request_id in states
+        ]
+        result = process_outputs(outputs, *args, **kwargs)
+        engine.node.record_step(
+            StepOutput(request_id, new_tokens, cached_tokens, request_id not in processor.external_req_ids)
+            for request_id, new_tokens, cached_tokens in steps
+        )
+        return result
+
+    processor.process_outputs = metered  # type: ignore[method-assign, assignment]
+
+
+def _cached_tokens(output: EngineCoreOutput) -> int:
+    return 0 if output.prefill_stats is None else output.prefill_stats.num_cached_tokens

@@ -1,0 +1,354 @@
+"""The public door: a pure ASGI middleware around vLLM's application.
+
+For each request it finds the route, the key's pledge and the body, hands vLLM a cleaned request, and
+decides what the client gets to see. vLLM answers a stream with 200 before it asks for a place in the
+engine, so the response's start is held back until the scheduler has decided, for `HOLD_S` at most;
+a refusal after that is a typed error event inside the stream. Everything vLLM says itself about an
+error is put into the provider's envelope.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from typing import Any, TypeVar
+
+from contract.entitlements import PledgeEntitlement, PoolStatus
+from scheduler import Refusal
+from serving.envelopes import ApiError, Headers, Provider
+from serving.node import Node, Verdict, current_verdict
+from serving.refusals import api_error, bad_key, pool_not_live
+from serving.requests import MAX_BODY_BYTES, Kind, Route, clean_body, count_prompts, parse_route, provider_of
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+T = TypeVar("T")
+App = Callable[[Scope, Receive, Send], Coroutine[Any, Any, None]]
+
+HOLD_S = 5.0
+"""A stream's headers are held back this long while its request is queued, then keep-alives flow."""
+KEEP_ALIVE_S = 10.0
+BODY_TIMEOUT_S = 60.0
+"""A client has this long to send its body; uvicorn itself sets no limit."""
+MAX_ERROR_BYTES = 256 * 1024
+
+_FORWARDED_HEADERS = frozenset({b"host", b"content-type", b"accept", b"user-agent"})
+"""The only client headers that vLLM sees: it takes priorities, sessions and ids from others."""
+
+
+class SeatMiddleware:
+    """Turns keys into seats. Loaded by vLLM's `--middleware`; finds its node on the engine client."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            node: Node = scope["app"].state.engine_client.node
+            await Exchange(node, self.app, scope, receive, send).run()
+
+
+class _AnsweredError(Exception):
+    """Ends an exchange whose answer is this error."""
+
+    def __init__(self, error: ApiError) -> None:
+        self.error = error
+
+
+class _ClientLeftError(Exception):
+    """Ends an exchange that nobody listens to any more."""
+
+
+class Exchange:
+    """One HTTP request and its answer."""
+
+    def __init__(self, node: Node, app: App, scope: Scope, receive: Receive, send: Send) -> None:
+        self.node = node
+        self.app = app
+        self.scope = scope
+        self.receive = receive
+        self.send = send
+        self.request_id = f"req_{secrets.token_hex(12)}"
+        self.provider: Provider = provider_of(scope["path"])
+        self.pledge: PledgeEntitlement | None = None
+
+    async def run(self) -> None:
+        try:
+            await self._answer()
+        except _AnsweredError as answered:
+            await self._send_error(answered.error)
+        except _ClientLeftError:
+            pass
+
+    async def _answer(self) -> None:
+        route = _or_raise(parse_route(self.scope["method"], self.scope["path"]))
+        self.provider = route.provider
+        self.pledge = self._authenticate()
+        if route.kind is Kind.FREE:
+            await self._forward(route, b"")
+            return
+        body = _or_raise(clean_body(_parse_json(await self._read_body())))
+        content = json.dumps(body).encode()
+        if route.kind is Kind.COUNTED:
+            self._raise_refusal(self.node.charge_request(self.pledge))
+            await self._forward(route, content)
+        else:
+            await self._generate(route, content, Verdict(self.pledge, prompts=count_prompts(body)))
+
+    def _authenticate(self) -> PledgeEntitlement:
+        """The pledge behind the key, if it may be used now."""
+        keyring = self.node.keyring
+        pledge = keyring.find(_key_of(self.scope)) if keyring is not None else None
+        if pledge is None or keyring is None:
+            raise _AnsweredError(bad_key())
+        pool = keyring.entitlements.pool
+        if pool.status is not PoolStatus.ACTIVE:
+            raise _AnsweredError(pool_not_live(pool.slug, pool.status.value))
+        self.pledge = pledge
+        standing = self.node.standing(pledge)
+        self._raise_refusal(None if standing is None else Refusal(standing))
+        return pledge
+
+    def _raise_refusal(self, refusal: Refusal | None) -> None:
+        if refusal is not None:
+            raise _AnsweredError(self._refusal_error(refusal))
+
+    def _refusal_error(self, refusal: Refusal) -> ApiError:
+        assert self.pledge is not None
+        assert self.node.keyring is not None
+        pool = self.node.keyring.entitlements.pool.slug
+        return api_error(refusal, self.pledge, pool, self.node.wall_clock())
+
+    # --- towards vLLM ------------------------------------------------------------------------------
+
+    async def _read_body(self) -> bytes:
+        chunks: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                while True:
+                    message = await self.receive()
+                    if message["type"] == "http.disconnect":
+                        raise _ClientLeftError
+                    chunks.append(message.get("body", b""))
+                    size += len(chunks[-1])
+                    if size > MAX_BODY_BYTES:
+                        raise _AnsweredError(_body_too_large())
+                    if not message.get("more_body", False):
+                        return b"".join(chunks)
+        except TimeoutError:
+            raise _AnsweredError(_body_too_slow()) from None
+
+    async def _forward(self, route: Route, content: bytes) -> None:
+        response = HeldResponse(self, holding=False)
+        await self.app(self._engine_scope(route, content), self._replay(content), response.take)
+        await response.finish()
+
+    async def _generate(self, route: Route, content: bytes, verdict: Verdict) -> None:
+        """Run vLLM's handler beside the scheduler's decision; whichever answers first does."""
+        response = HeldResponse(self, holding=True)
+        response.verdict = verdict
+        current_verdict.set(verdict)
+        engine = asyncio.create_task(
+            self.app(self._engine_scope(route, content), self._replay(content), response.take)
+        )
+        refused = asyncio.create_task(verdict.refused.wait())
+        try:
+            keep_alive_s = HOLD_S
+            while not (engine.done() or refused.done()):
+                await asyncio.wait(
+                    {engine, refused}, timeout=keep_alive_s, return_when=asyncio.FIRST_COMPLETED
+                )
+                if verdict.dispatched:
+                    await asyncio.wait({engine, refused}, return_when=asyncio.FIRST_COMPLETED)
+                elif not (engine.done() or refused.done()):
+                    await response.keep_alive()
+                    keep_alive_s = KEEP_ALIVE_S
+        finally:
+            refused.cancel()
+            engine.cancel()
+            [failure] = await asyncio.gather(engine, return_exceptions=True)
+        if verdict.refusal is not None:
+            await response.refuse(self._refusal_error(verdict.refusal))
+        else:
+            await response.finish()
+            if isinstance(failure, Exception):
+                raise failure
+
+    def _engine_scope(self, route: Route, content: bytes) -> Scope:
+        headers = [(name, value) for name, value in self.scope["headers"] if name in _FORWARDED_HEADERS]
+        if content:
+            headers = [header for header in headers if header[0] != b"content-type"]
+            headers += [
+                (b"content-type", b"application/json"),
+                (b"content-length", str(len(content)).encode()),
+            ]
+        path = route.engine_path
+        return {
+            **self.scope,
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "headers": headers,
+        }
+
+    def _replay(self, content: bytes) -> Receive:
+        """What vLLM receives: the body once, then whatever the connection brings (its end)."""
+        pending: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
+
+        async def receive() -> Message:
+            return pending.pop() if pending else await self.receive()
+
+        return receive
+
+    # --- towards the client ------------------------------------------------------------------------
+
+    async def _send_error(self, error: ApiError) -> None:
+        body = self.provider.error_body(error, self.request_id)
+        headers: Headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            *error.headers(),
+            *self.own_headers(),
+        ]
+        await self.send({"type": "http.response.start", "status": error.status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body, "more_body": False})
+
+    def own_headers(self) -> Headers:
+        """The request's id, and the limits as they stand for a key that was recognised."""
+        headers: Headers = [(self.provider.request_id_header, self.request_id.encode())]
+        limits = self.node.read_limits(self.pledge) if self.pledge is not None else None
+        if limits is not None:
+            headers += self.provider.limit_headers(*limits, self.node.wall_clock())
+        return headers
+
+
+class HeldResponse:
+    """vLLM's response on its way out, held back until it may be seen.
+
+    Invariants: the start is sent at most once, before any body; after a refusal nothing of vLLM's
+    goes out. What is held is bounded: a stream that waits has sent its preamble only, and an error's
+    body is cut at MAX_ERROR_BYTES.
+    """
+
+    def __init__(self, exchange: Exchange, *, holding: bool) -> None:
+        self.verdict: Verdict | None = None
+        self._exchange = exchange
+        self._holding = holding
+        self._start: Message | None = None
+        self._held: list[bytes] = []
+        self._sent_start = False
+        self._ended = False
+
+    async def take(self, message: Message) -> None:
+        """vLLM's `send`."""
+        if self.verdict is not None and self.verdict.refusal is not None:
+            return
+        if message["type"] == "http.response.start":
+            self._start = message
+        elif self._is_error():
+            if sum(map(len, self._held)) < MAX_ERROR_BYTES:
+                self._held.append(message.get("body", b""))
+        elif self._holding and not (self.verdict is not None and self.verdict.dispatched):
+            self._held.append(message.get("body", b""))
+        else:
+            await self._release()
+            await self._body(message.get("body", b""), more=message.get("more_body", False))
+
+    async def keep_alive(self) -> None:
+        """Let a waiting stream's headers go, and tell its client that the wait goes on."""
+        if self._start is not None and not self._is_error() and self._is_stream():
+            await self._release()
+            await self._body(self._exchange.provider.keep_alive(), more=True)
+
+    async def refuse(self, error: ApiError) -> None:
+        """Answer with the refusal: as the whole response, or as the last event of a begun stream."""
+        if not self._sent_start:
+            raise _AnsweredError(error)
+        if not self._ended:
+            await self._body(
+                self._exchange.provider.stream_error(error, self._exchange.request_id), more=False
+            )
+
+    async def finish(self) -> None:
+        """vLLM has said everything: send what is still held."""
+        if self._start is None:
+            raise _AnsweredError(
+                ApiError(500, "engine_error", "The engine gave no answer.", type="server_error")
+            )
+        if self._ended:
+            return
+        if self._is_error():
+            raise _AnsweredError(self._engine_error(self._start["status"]))
+        await self._release()
+        await self._body(b"", more=False)
+
+    def _is_error(self) -> bool:
+        return self._start is not None and self._start["status"] >= 400
+
+    def _is_stream(self) -> bool:
+        assert self._start is not None
+        kinds = [value for name, value in self._start["headers"] if name == b"content-type"]
+        return any(kind.startswith(b"text/event-stream") for kind in kinds)
+
+    async def _release(self) -> None:
+        if not self._sent_start:
+            assert self._start is not None
+            self._sent_start = True
+            headers = [*self._start["headers"], *self._exchange.own_headers()]
+            await self._exchange.send({**self._start, "headers": headers})
+        if self._held:
+            held, self._held = b"".join(self._held), []
+            await self._body(held, more=True)
+
+    async def _body(self, content: bytes, *, more: bool) -> None:
+        self._ended = not more
+        await self._exchange.send({"type": "http.response.body", "body": content, "more_body": more})
+
+    def _engine_error(self, status: int) -> ApiError:
+        try:
+            body = json.loads(b"".join(self._held))
+        except ValueError:
+            body = {}
+        return self._exchange.provider.engine_error(status, body if isinstance(body, dict) else {})
+
+
+def _or_raise(value: T | ApiError) -> T:
+    if isinstance(value, ApiError):
+        raise _AnsweredError(value)
+    return value
+
+
+def _key_of(scope: Scope) -> str:
+    """The key in `Authorization: Bearer` or `x-api-key`, as both SDKs send it; "" without."""
+    headers = dict(scope["headers"])
+    scheme, _, token = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+    if scheme.lower() == "bearer" and token:
+        return str(token.strip())
+    return str(headers.get(b"x-api-key", b"").decode("latin-1").strip())
+
+
+def _parse_json(content: bytes) -> object:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise _AnsweredError(
+            ApiError(400, None, f"We could not parse the JSON body of your request: {error}")
+        ) from None
+
+
+def _body_too_large() -> ApiError:
+    return ApiError(413, "request_too_large", f"The request body exceeds {MAX_BODY_BYTES // 2**20} MiB.")
+
+
+def _body_too_slow() -> ApiError:
+    return ApiError(408, "request_timeout", f"The request body did not arrive within {BODY_TIMEOUT_S:.0f} s.")

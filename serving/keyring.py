@@ -1,0 +1,51 @@
+"""Whose key it is and whether it may be used now, out of the entitlements snapshot."""
+
+from __future__ import annotations
+
+from contract.blocks import is_open, next_opening
+from contract.entitlements import Entitlements, PledgeEntitlement, PledgeStatus, PoolStatus
+from contract.keys import is_boost_key, key_sha256
+from scheduler import Reason, SeatTerms
+
+
+class Keyring:
+    """One snapshot, indexed by key hash. Immutable: a new snapshot gets a new keyring."""
+
+    def __init__(self, entitlements: Entitlements) -> None:
+        self.entitlements = entitlements
+        self.pledges = {pledge.pledge_id: pledge for pledge in entitlements.pledges}
+        self._by_hash = {pledge.key_sha256: pledge for pledge in entitlements.pledges}
+
+    @property
+    def live(self) -> bool:
+        """Whether the pool sells inference at the moment."""
+        return self.entitlements.pool.status is PoolStatus.ACTIVE
+
+    def find(self, key: str) -> PledgeEntitlement | None:
+        """The pledge that `key` opens; None for a mistyped or unknown key."""
+        # The checksum first: it costs less than the hash and turns most garbage away.
+        return self._by_hash.get(key_sha256(key)) if is_boost_key(key) else None
+
+    def terms(self, pledge: PledgeEntitlement) -> SeatTerms:
+        """What the scheduler has to know about the pledge's seats."""
+        pool = self.entitlements.pool
+        return SeatTerms(
+            seat_id=pledge.pledge_id,
+            quantity=pledge.quantity,
+            guarantee_tok_s=pool.guarantee_tok_s,
+            prefill_tok_s=pool.prefill_tok_s,
+            rpm_limit=pledge.rpm_limit,
+            tpm_limit=pledge.tpm_limit,
+        )
+
+    @staticmethod
+    def standing(pledge: PledgeEntitlement, now: float) -> Reason | None:
+        """Why the pledge may not be used at `now` (seconds since the epoch); None if it may."""
+        if pledge.status is PledgeStatus.PAST_DUE or now >= pledge.valid_until.timestamp():
+            return Reason.SUSPENDED
+        return None if is_open(pledge.spans, now) else Reason.OUTSIDE_BLOCK
+
+    @staticmethod
+    def next_opening(pledge: PledgeEntitlement, now: float) -> float:
+        """When the pledge's next block starts, in seconds since the epoch."""
+        return next_opening(pledge.spans, now)

@@ -1,0 +1,135 @@
+"""Starts vLLM's API server with our engine client and gateway. Written for vLLM 0.32.
+
+The order matters: the port is bound first, so that a taken port fails in a second and not after the
+model is loaded; entitlements are read before the engine starts, so that a bad file does too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from prometheus_client import REGISTRY
+from vllm import __version__ as vllm_version
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.entry import build_and_serve
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.launchers.launcher import setup_server
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from contract.errors import ContractError
+from scheduler import Policy
+from serving.engine import VLLM_VERSIONS, SeatLLM
+from serving.entitlements_file import EntitlementsFile
+from serving.metrics import NodeCollector
+from serving.node import Node
+from serving.stats import StatsServer
+
+log = logging.getLogger("boosts.serving")
+
+
+class LaunchError(Exception):
+    """The node cannot start; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """How a node is started."""
+
+    model: str
+    """A Hugging Face model id or a folder."""
+    entitlements: Path
+    served_model_name: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8001
+    stats_host: str = "127.0.0.1"
+    stats_port: int = 8002
+    drain_s: int = 5
+    """Seconds that running requests have to finish after SIGTERM."""
+    policy: Policy = field(default_factory=Policy)
+    engine_flags: tuple[str, ...] = ()
+    """Passed to vLLM as they are."""
+
+
+def serve(options: ServeOptions) -> None:
+    """Run the node until SIGTERM or SIGINT. Raises LaunchError when it cannot start."""
+    if not vllm_version.startswith(VLLM_VERSIONS):
+        raise LaunchError(f"this node extends vLLM {VLLM_VERSIONS}x, and {vllm_version} is installed")
+    file = EntitlementsFile(options.entitlements)
+    try:
+        file.load()
+    except (ContractError, OSError) as error:
+        raise LaunchError(f"{options.entitlements}: {error}") from None
+    cli_env_setup()
+    args = _engine_args(options)
+    try:
+        listen_address, listener = setup_server(args, reuse_port=False)
+    except OSError as error:
+        raise LaunchError(f"cannot listen on {options.host}:{options.port}: {error.strerror}") from None
+    import uvloop
+
+    with contextlib.suppress(KeyboardInterrupt):
+        uvloop.run(_run(options, args, file, listen_address, listener))
+
+
+def _engine_args(options: ServeOptions) -> Namespace:
+    flags = ["--model", options.model, "--host", options.host, "--port", str(options.port)]
+    if options.served_model_name is not None:
+        flags += ["--served-model-name", options.served_model_name]
+    flags += ["--middleware", "serving.gateway.SeatMiddleware"]
+    flags += ["--shutdown-timeout", str(options.drain_s)]
+    flags += ["--disable-fastapi-docs", "--disable-uvicorn-access-log", "--enable-prompt-tokens-details"]
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args([*flags, *options.engine_flags])
+    validate_parsed_serve_args(args)
+    return Namespace(**vars(args))
+
+
+async def _run(
+    options: ServeOptions,
+    args: Namespace,
+    file: EntitlementsFile,
+    listen_address: str,
+    listener: socket.socket,
+) -> None:
+    # Until uvicorn takes the signals over, SIGTERM must interrupt the loading of the model.
+    signal.signal(signal.SIGTERM, _interrupt)
+    config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
+    engine = SeatLLM.from_vllm_config(config, usage_context=UsageContext.OPENAI_API_SERVER)
+    assert isinstance(engine, SeatLLM)
+    try:
+        await engine.reset_mm_cache()
+        node = engine.node = Node(engine.capacity(), options.policy)
+        assert file.current is not None
+        node.apply(file.current)
+        REGISTRY.register(NodeCollector(node))
+        stats = StatsServer(node, lambda: not engine.errored)
+        try:
+            await stats.start(options.stats_host, options.stats_port)
+        except OSError as error:
+            where = f"{options.stats_host}:{options.stats_port}"
+            raise LaunchError(f"cannot listen on {where} (stats): {error.strerror}") from None
+        async with asyncio.TaskGroup() as background:
+            followers = [
+                background.create_task(node.run()),
+                background.create_task(file.follow(node.apply)),
+            ]
+            shutdown = await build_and_serve(engine, listen_address, listener, args)
+            for follower in followers:
+                follower.cancel()
+        await stats.stop()
+    finally:
+        engine.shutdown(timeout=config.shutdown_timeout)
+    await shutdown
+    listener.close()
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,78 @@
+"""Prometheus metrics of the node, under the prefix `boosts_`; no key or customer in any label."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from prometheus_client import Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from scheduler import Outcome
+
+if TYPE_CHECKING:
+    from serving.node import Node
+
+_WAITS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+QUEUE_WAIT_SECONDS = Histogram(
+    "boosts_queue_wait_seconds", "From arrival at admission to entering the engine", buckets=_WAITS_S
+)
+FIRST_TOKEN_SECONDS = Histogram(
+    "boosts_first_token_seconds", "From arrival at admission to the engine's first token", buckets=_WAITS_S
+)
+DECISION_SECONDS = Histogram(
+    "boosts_decision_seconds",
+    "One decision of the admission scheduler",
+    buckets=(1e-6, 5e-6, 1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 1e-3, 1e-2),
+)
+
+
+class NodeCollector(Collector):
+    """Sums over the seats, read from the scheduler when Prometheus asks, so the token path pays nothing."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def collect(self) -> Iterable[Metric]:
+        node = self._node
+        readings = node.readings()
+        requests = CounterMetricFamily(
+            "boosts_requests", "Requests that left admission, by outcome", labels=["outcome"]
+        )
+        for outcome in Outcome:
+            count = sum(reading.requests[outcome.value] for reading in readings)
+            requests.add_metric([outcome.value], count)
+        yield requests
+        yield CounterMetricFamily(
+            "boosts_input_tokens", "Input tokens dispatched", value=sum(r.input_tokens for r in readings)
+        )
+        yield CounterMetricFamily(
+            "boosts_cached_tokens",
+            "Of these, prefix cache hits",
+            value=sum(r.cached_tokens for r in readings),
+        )
+        yield CounterMetricFamily(
+            "boosts_delivered_tokens",
+            "Output tokens the engine made",
+            value=sum(r.output_tokens for r in readings),
+        )
+        yield CounterMetricFamily(
+            "boosts_owed_tokens",
+            "Output tokens guaranteed so far",
+            value=sum(r.owed_tokens for r in readings),
+        )
+        yield CounterMetricFamily(
+            "boosts_shortfall_tokens",
+            "Owed and not delivered by the end of their busy period",
+            value=sum(r.shortfall_tokens for r in readings),
+        )
+        yield GaugeMetricFamily(
+            "boosts_queued_requests", "Waiting in admission", value=node.admission.queued()
+        )
+        yield GaugeMetricFamily("boosts_in_flight_sequences", "In the engine", value=node.admission.in_flight)
+        yield GaugeMetricFamily("boosts_seats_open", "Pledges inside a block", value=node.open_seats())
+        yield GaugeMetricFamily(
+            "boosts_entitlements_revision", "Revision of the snapshot in use", value=node.revision()
+        )

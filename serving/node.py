@@ -1,0 +1,273 @@
+"""The node's live state: the scheduler under a running event loop.
+
+`Node` is the only caller of `Admission`, all on one event loop, so nothing here needs a lock. It
+turns the scheduler's decisions into woken coroutines, and entitlements and time into its calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from contract.blocks import next_border
+from contract.entitlements import Entitlements, PledgeEntitlement
+from scheduler import Admission, Ask, Capacity, Policy, Reason, Refusal, SeatReading, Ticket
+from scheduler.admission import LimitReading
+from serving.keyring import Keyring
+from serving.metrics import DECISION_SECONDS, FIRST_TOKEN_SECONDS, QUEUE_WAIT_SECONDS
+
+TICK_S = 0.1
+"""How late a queue timeout or a block's border may be noticed."""
+
+
+class RefusedError(Exception):
+    """The request may not run; its verdict says why."""
+
+
+@dataclass(eq=False, slots=True)
+class Place:
+    """One prompt's place in the queue."""
+
+    ask: Ask
+    entered: asyncio.Future[None]
+    ticket: Ticket | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Verdict:
+    """One HTTP request's fate, shared by the gateway that answers it and the engine client that asks.
+
+    A list of prompts reaches the engine client as that many calls; they are decided together.
+    """
+
+    pledge: PledgeEntitlement
+    prompts: int = 1
+    dispatched: bool = False
+    refusal: Refusal | None = None
+    refused: asyncio.Event = field(default_factory=asyncio.Event)
+    places: list[Place] = field(default_factory=list)
+
+    def refuse(self, refusal: Refusal) -> None:
+        """The first refusal stands and ends the whole request."""
+        if self.refusal is None:
+            self.refusal = refusal
+            self.refused.set()
+        for place in self.places:
+            if not place.entered.done():
+                place.entered.set_exception(RefusedError())
+
+
+current_verdict: ContextVar[Verdict] = ContextVar("current_verdict")
+"""Set by the gateway before it calls vLLM's application, read where vLLM calls `generate`."""
+
+
+class StepOutput(NamedTuple):
+    """What one engine step did for one sequence."""
+
+    request_id: str
+    new_tokens: int
+    cached_tokens: int
+    """Of the prompt, found in the prefix cache; 0 but in the request's first output."""
+    finished: bool
+    """No sequence of the request is left in the engine."""
+
+
+def engine_request_id(ticket: Ticket) -> str:
+    """The id under which the engine knows a ticket."""
+    return f"ticket-{ticket.number}"
+
+
+class Node:
+    """Queues, entitlements and counters of one engine.
+
+    Invariants: every ticket is released exactly once, by the engine's last output or by the caller
+    that leaves, whichever comes first; every waiting caller is woken in the end.
+    """
+
+    def __init__(
+        self,
+        capacity: Capacity,
+        policy: Policy | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.admission = Admission(capacity, policy)
+        self.keyring: Keyring | None = None
+        self.clock = clock
+        self.loop = asyncio.get_running_loop()
+        self.wall_clock = wall_clock
+        self._waiting: dict[int, tuple[Verdict, Place]] = {}
+        self._running: dict[str, Ticket] = {}
+        self._standings: dict[str, Reason | None] = {}
+        self._checked_at = 0.0
+        self._next_border = 0.0
+
+    # --- entitlements and time ---------------------------------------------------------------------
+
+    def apply(self, entitlements: Entitlements) -> None:
+        """Take over a new snapshot: seats open, change and close; what runs is never cut."""
+        self.keyring = Keyring(entitlements)
+        self._standings = dict.fromkeys(self.admission.seat_ids(), Reason.REVOKED)
+        self._settle_seats(self.keyring)
+
+    async def run(self) -> None:
+        """Notice queue timeouts and block borders, until canceled."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            self.follow_clock()
+            self._tell_evicted(self.admission.expire(self.clock()))
+            self.pump()
+
+    def follow_clock(self) -> None:
+        """Open and close seats whose block's border has passed."""
+        now = self.wall_clock()
+        # A clock that was set back may have crossed a border the other way.
+        if self.keyring is not None and not self._checked_at <= now < self._next_border:
+            self._settle_seats(self.keyring)
+
+    def drain(self) -> None:
+        """Take nothing new and give the queue back to its clients; what runs goes on."""
+        self._tell_evicted(self.admission.drain(self.clock()))
+
+    def standing(self, pledge: PledgeEntitlement) -> Reason | None:
+        """Why the pledge may not be used right now; None if it may."""
+        self.follow_clock()
+        if self.admission.draining:
+            return Reason.DRAINING
+        return self._standings.get(pledge.pledge_id, Reason.REVOKED)
+
+    def _settle_seats(self, keyring: Keyring) -> None:
+        now, wall_now = self.clock(), self.wall_clock()
+        self._checked_at, self._next_border = wall_now, float("inf")
+        known = set(self.admission.seat_ids())
+        for pledge in keyring.pledges.values():
+            standing = keyring.standing(pledge, wall_now)
+            self._standings[pledge.pledge_id] = standing
+            if standing is None:
+                self.admission.open_seat(keyring.terms(pledge), now)
+            elif pledge.pledge_id in known:
+                self._tell_evicted(self.admission.close_seat(pledge.pledge_id, standing, now))
+            until = pledge.valid_until.timestamp()
+            borders = [next_border(pledge.spans, wall_now), *([until] if until > wall_now else [])]
+            self._next_border = min(self._next_border, *borders)
+        for seat_id in known - keyring.pledges.keys():
+            self._tell_evicted(self.admission.close_seat(seat_id, Reason.REVOKED, now))
+            if self.admission.forget_seat(seat_id):
+                del self._standings[seat_id]
+        self.pump()
+
+    # --- readings ----------------------------------------------------------------------------------
+
+    def readings(self) -> list[SeatReading]:
+        """Every seat the node has served since it started and still knows."""
+        now = self.clock()
+        return [self.admission.read(seat_id, now) for seat_id in self.admission.seat_ids()]
+
+    def read_limits(self, pledge: PledgeEntitlement) -> tuple[LimitReading, LimitReading] | None:
+        """The key's request and token limit; None for a seat that has not been open yet."""
+        if pledge.pledge_id not in self.admission.seat_ids():
+            return None
+        return self.admission.read_limits(pledge.pledge_id, self.clock())
+
+    def open_seats(self) -> int:
+        return sum(standing is None for standing in self._standings.values())
+
+    def revision(self) -> int:
+        """Of the entitlements in use; 0 before the first."""
+        return 0 if self.keyring is None else self.keyring.entitlements.revision
+
+    # --- requests ----------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def enter(self, verdict: Verdict, ask: Ask) -> AsyncIterator[Ticket]:
+        """Wait until the prompt may enter the engine, and hold its ticket while it is inside.
+
+        Raises RefusedError when it may not; the verdict then holds the refusal.
+        """
+        place = Place(ask, asyncio.get_running_loop().create_future())
+        verdict.places.append(place)
+        try:
+            if len(verdict.places) == verdict.prompts:
+                self._submit(verdict)
+            await place.entered
+            assert place.ticket is not None
+            yield place.ticket
+        finally:
+            if place.ticket is not None:
+                self._waiting.pop(place.ticket.number, None)
+                self._release(place.ticket)
+                self.pump()
+
+    def charge_request(self, pledge: PledgeEntitlement) -> Refusal | None:
+        """Count a request that never enters the engine against the request limit."""
+        return self.admission.charge_request(pledge.pledge_id, self.clock())
+
+    def pump(self) -> None:
+        """Let in whatever may enter now."""
+        started = time.perf_counter()
+        now = self.clock()
+        entering = self.admission.dispatch(now)
+        DECISION_SECONDS.observe(time.perf_counter() - started)
+        for ticket in entering:
+            verdict, place = self._waiting.pop(ticket.number)
+            if place.entered.done():
+                # Its client left a moment ago; `enter` gives the ticket back when it wakes.
+                continue
+            self._running[engine_request_id(ticket)] = ticket
+            QUEUE_WAIT_SECONDS.observe(now - ticket.submitted_at)
+            verdict.dispatched = True
+            place.entered.set_result(None)
+
+    def record_step(self, outputs: Iterable[StepOutput]) -> None:
+        """Account one engine step, and fill the slots it freed."""
+        now = self.clock()
+        produced: list[tuple[Ticket, int]] = []
+        finished: list[Ticket] = []
+        for output in outputs:
+            ticket = self._running.get(output.request_id)
+            if ticket is None:
+                continue
+            if output.cached_tokens:
+                self.admission.record_prefix_hit(ticket, output.cached_tokens)
+            if output.new_tokens:
+                produced.append((ticket, output.new_tokens))
+            if output.finished:
+                finished.append(ticket)
+        for ticket in {ticket for ticket, _ in produced if ticket.first_token_at is None}:
+            FIRST_TOKEN_SECONDS.observe(now - ticket.submitted_at)
+        self.admission.record_step(produced, now)
+        for ticket in finished:
+            self._release(ticket)
+        if finished:
+            self.pump()
+
+    def _submit(self, verdict: Verdict) -> None:
+        seat_id = verdict.pledge.pledge_id
+        asks = [place.ask for place in verdict.places]
+        if seat_id not in self._standings:
+            verdict.refuse(Refusal(Reason.REVOKED))
+            return
+        tickets = self.admission.submit(seat_id, asks, self.clock())
+        if isinstance(tickets, Refusal):
+            verdict.refuse(tickets)
+            return
+        for ticket, place in zip(tickets, verdict.places, strict=True):
+            place.ticket = ticket
+            self._waiting[ticket.number] = (verdict, place)
+        self.pump()
+
+    def _tell_evicted(self, evicted: Iterable[Ticket]) -> None:
+        for ticket in evicted:
+            verdict, _ = self._waiting.pop(ticket.number)
+            assert ticket.refusal is not None
+            verdict.refuse(ticket.refusal)
+
+    def _release(self, ticket: Ticket) -> None:
+        self.admission.release(ticket, self.clock())
+        self._running.pop(engine_request_id(ticket), None)

@@ -1,0 +1,86 @@
+"""The operator's port, on loopback: liveness, readiness, Prometheus metrics, throughput per seat."""
+
+from __future__ import annotations
+
+import datetime
+import secrets
+from collections.abc import Callable
+
+from aiohttp import web
+from prometheus_client import generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+from contract.reports import SeatThroughput, ThroughputReport
+from scheduler import SeatReading
+from serving.node import Node
+
+
+class StatsServer:
+    """Answers `/healthz`, `/readyz`, `/metrics` and `/stats`; starts when the engine is up."""
+
+    def __init__(self, node: Node, engine_alive: Callable[[], bool]) -> None:
+        self._node = node
+        self._engine_alive = engine_alive
+        self._boot_id = secrets.token_hex(8)
+        self._sequence = 0
+        self._runner: web.AppRunner | None = None
+
+    async def start(self, host: str, port: int) -> None:
+        """Raises OSError when the port is taken."""
+        app = web.Application()
+        app.add_routes(
+            [
+                web.get("/healthz", self._healthz),
+                web.get("/readyz", self._readyz),
+                web.get("/metrics", self._metrics),
+                web.get("/stats", self._stats),
+            ]
+        )
+        self._runner = web.AppRunner(app, access_log=None)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, host, port).start()
+
+    async def stop(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    async def _healthz(self, request: web.Request) -> web.Response:
+        return _verdict(self._engine_alive(), "engine dead")
+
+    async def _readyz(self, request: web.Request) -> web.Response:
+        ready = self._engine_alive() and not self._node.admission.draining
+        return _verdict(ready, "draining" if self._engine_alive() else "engine dead")
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
+
+    async def _stats(self, request: web.Request) -> web.Response:
+        self._sequence += 1
+        report = ThroughputReport(
+            version=1,
+            boot_id=self._boot_id,
+            sequence=self._sequence,
+            at=datetime.datetime.now(datetime.UTC),
+            entitlements_revision=self._node.revision(),
+            seats=tuple(_throughput(reading) for reading in self._node.readings()),
+        )
+        return web.Response(text=report.model_dump_json(), content_type="application/json")
+
+
+def _verdict(good: bool, otherwise: str) -> web.Response:
+    return web.Response(status=200 if good else 503, text="ok\n" if good else f"{otherwise}\n")
+
+
+def _throughput(reading: SeatReading) -> SeatThroughput:
+    return SeatThroughput(
+        pledge_id=reading.seat_id,
+        **reading.requests,
+        input_tokens=reading.input_tokens,
+        cached_tokens=reading.cached_tokens,
+        output_tokens=reading.output_tokens,
+        owed_tokens=reading.owed_tokens,
+        shortfall_tokens=reading.shortfall_tokens,
+        attainment_60s=reading.attainment[60],
+        queued=reading.queued,
+        in_flight=reading.in_flight,
+    )

@@ -1,0 +1,147 @@
+"""Rules of what a seat was owed and what it got."""
+
+import pytest
+
+from scheduler.ledger import Ledger
+
+G = 50.0
+
+
+def ledger(quantity: int = 1) -> Ledger:
+    return Ledger(G, quantity, now=0.0)
+
+
+def test_nothing_is_owed_before_the_first_token_or_its_deadline() -> None:
+    book = ledger()
+    book.expect(1, 1, deadline=1.5)
+    book.advance(1.5)
+    assert book.owed == 0
+
+
+def test_owed_starts_at_the_first_token() -> None:
+    book = ledger()
+    book.expect(1, 1, deadline=5.0)
+    book.first_token(1, 0.5)
+    book.advance(2.5)
+    assert book.owed == pytest.approx(2.0 * G)
+
+
+def test_owed_starts_at_the_deadline_if_the_first_token_is_late() -> None:
+    book = ledger()
+    book.expect(1, 1, deadline=1.0)
+    book.first_token(1, 4.0)
+    assert book.owed == pytest.approx(3.0 * G)
+    book.advance(5.0)
+    assert book.owed == pytest.approx(4.0 * G)
+
+
+def test_requests_beyond_the_quantity_share_what_it_is_owed() -> None:
+    book = ledger(quantity=2)
+    for number in range(5):
+        book.expect(number, 1, deadline=10.0)
+        book.first_token(number, 0.0)
+    book.advance(1.0)
+    assert book.owed == pytest.approx(2 * G)
+
+
+def test_no_request_is_owed_more_than_one_guarantee() -> None:
+    book = ledger(quantity=20)
+    book.expect(1, 1, deadline=1.0)
+    book.first_token(1, 0.0)
+    book.advance(1.0)
+    assert book.owed == pytest.approx(G)
+
+
+def test_sequences_of_one_request_count_one_by_one() -> None:
+    book = ledger(quantity=4)
+    book.expect(1, 3, deadline=1.0)
+    book.first_token(1, 0.0)
+    book.advance(1.0)
+    assert book.owed == pytest.approx(3 * G)
+
+
+def test_request_that_ends_is_owed_no_more() -> None:
+    book = ledger()
+    book.expect(1, 1, deadline=9.0)
+    book.first_token(1, 0.0)
+    book.end(1, 1, 2.0)
+    book.advance(60.0)
+    assert book.owed == pytest.approx(2.0 * G)
+    assert book.rate == 0
+
+
+def test_canceled_before_its_deadline_was_never_owed() -> None:
+    book = ledger()
+    book.expect(1, 1, deadline=1.0)
+    book.end(1, 1, 0.5)
+    book.advance(10.0)
+    assert book.owed == 0
+
+
+def test_canceled_after_its_deadline_is_owed_until_then() -> None:
+    book = ledger()
+    book.expect(1, 1, deadline=1.0)
+    book.end(1, 1, 3.0)
+    book.advance(10.0)
+    assert book.owed == pytest.approx(2.0 * G)
+
+
+def test_terms_change_what_is_owed_from_then_on() -> None:
+    book = ledger()
+    book.expect(1, 1, deadline=1.0)
+    book.first_token(1, 0.0)
+    book.set_terms(0.0, 1, 2.0)
+    book.advance(10.0)
+    assert book.owed == pytest.approx(2.0 * G)
+
+
+def test_shortfall_is_what_a_busy_period_lacks_at_its_end() -> None:
+    book = ledger()
+    book.expect(1, 1, deadline=9.0)
+    book.first_token(1, 0.0)
+    book.deliver(30, 1.0)
+    assert book.behind == pytest.approx(G - 30)
+    book.end(1, 1, 1.0)
+    assert book.shortfall == pytest.approx(G - 30)
+    assert book.behind == 0
+
+
+def test_surplus_of_one_busy_period_does_not_pay_for_the_next() -> None:
+    book = ledger()
+    for number, tokens in ((1, 1_000), (2, 0)):
+        start = number * 10.0
+        book.expect(number, 1, deadline=start + 5)
+        book.first_token(number, start)
+        book.deliver(tokens, start)
+        book.end(number, 1, start + 1.0)
+    assert book.shortfall == pytest.approx(G)
+
+
+def test_attainment_is_delivered_over_owed_and_at_most_one() -> None:
+    book = ledger()
+    assert book.attainment(10, 0.0) is None
+    book.expect(1, 1, deadline=90.0)
+    book.first_token(1, 0.0)
+    for second in range(10):
+        book.deliver(40, second + 0.5)
+    assert book.attainment(10, 10.0) == pytest.approx(0.8)
+    book.deliver(1_000, 10.5)
+    assert book.attainment(1, 11.0) == 1.0
+
+
+def test_attainment_forgets_what_lies_before_its_window() -> None:
+    book = ledger()
+    book.expect(1, 1, deadline=0.5)
+    for second in range(60, 70):
+        book.deliver(50, second + 0.5)
+    assert book.attainment(10, 70.0) == pytest.approx(1.0)
+    assert book.attainment(60, 70.0) == pytest.approx(500 / (60 * G))
+
+
+def test_deadlines_kept_are_bounded_by_unfinished_requests() -> None:
+    book = ledger()
+    book.expect(0, 1, deadline=0.1)  # the oldest never answers, so it cannot be dropped from the front
+    for number in range(1, 10_000):
+        book.expect(number, 1, deadline=1e6 + number)
+        book.end(number, 1, 0.05)
+    assert len(book._deadlines) < 50
