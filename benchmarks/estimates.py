@@ -11,11 +11,15 @@ from numpy.typing import NDArray
 Samples = NDArray[np.float64]
 
 _RESAMPLES = 4000
+_FEWEST = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A figure and the interval that holds it with 95 % confidence, by bootstrap."""
+    """A figure and the interval that holds it with 95 % confidence, by bootstrap.
+
+    Of fewer than three samples the interval is NaN, so that no target compares as met by it.
+    """
 
     value: float
     low: float
@@ -23,6 +27,8 @@ class Estimate:
     samples: int
 
     def __str__(self) -> str:
+        if self.samples < _FEWEST:
+            return f"{self.value:.3f} (too few samples for an interval)"
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
@@ -59,6 +65,6 @@ def _bootstrap(
         return Estimate(float("nan"), float("nan"), float("nan"), 0)
     rng = np.random.default_rng(seed)
     drawn = [array[rng.integers(0, len(array), (_RESAMPLES, len(array)))] for array in arrays]
-    low, high = np.quantile(figure(drawn), (0.025, 0.975))
+    low, high = np.quantile(figure(drawn), (0.025, 0.975)) if count >= _FEWEST else (np.nan, np.nan)
     value = figure([array[np.newaxis, :] for array in arrays])[0]
     return Estimate(float(value), float(low), float(high), count)

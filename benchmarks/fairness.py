@@ -33,6 +33,9 @@ LONE_TARGET = 0.97
 # Short requests, so that those which straddle the ends of a window weigh little.
 _SHORT, _MEDIUM = Lengths(16, 128), Lengths(64, 256)
 
+_STEADY = 0.1
+"""Widest interval of the A/A control with which the lone seat's figure means something."""
+
 LIGHT, OTHER, HEAVY = Seat("light"), Seat("other"), Seat("heavy", quantity=3)
 
 
@@ -209,6 +212,7 @@ def summarize(config: dict[str, Any], rows: list[dict[str, Any]]) -> Result:
     figures: dict[str, Any] = {"shares": {}}
     tables: list[Table] = []
     checks: list[Check] = []
+    notes: list[str] = []
     share_rows = [row for row in rows if row["part"] == "shares"]
     if share_rows:
         estimates = _share_estimates(config["cases"], share_rows, seed)
@@ -239,6 +243,10 @@ def summarize(config: dict[str, Any], rows: list[dict[str, Any]]) -> Result:
                 lone.low >= LONE_TARGET,
             )
         )
+        if not spread.high - spread.low <= _STEADY:
+            notes.append(
+                f"plain vLLM against itself came out at {spread}: too unsteady for a claim of a few %"
+            )
     errors = sum(row["errors"] for row in rows)
     checks.append(Check("no failed request", f"{errors} failed", errors == 0))
     return Result(
@@ -248,7 +256,7 @@ def summarize(config: dict[str, Any], rows: list[dict[str, Any]]) -> Result:
         tables=tuple(tables),
         checks=tuple(checks),
         rows=rows,
-        notes=instrument_notes(rows),
+        notes=(*instrument_notes(rows), *notes),
     )
 
 
@@ -310,9 +318,7 @@ def _lone_table(lone: Estimate, spread: Estimate, rows: list[dict[str, Any]]) ->
 
 def plot(result: Result, figure: Figure) -> None:
     """Left: shares of two seats. Right: every pair of the lone seat, with the control beside it."""
-    figure.suptitle(
-        "Seats share by weight, whatever their connection counts, and a lone seat gets the machine"
-    )
+    figure.suptitle("Two seats' shares of a full engine, and one seat's throughput alone, against plain vLLM")
     shares, lone = figure.subplots(1, 2)
     _plot_shares(shares, result)
     _plot_lone(lone, result)
@@ -362,6 +368,7 @@ def _plot_lone(axes: Axes, result: Result) -> None:
             alpha=0.5,
             label="one pair",
         )
+        # Too few pairs have a median and no interval (NaN), which is drawn as none.
         below, above = estimate["value"] - estimate["low"], estimate["high"] - estimate["value"]
         axes.errorbar(
             place + 0.12,

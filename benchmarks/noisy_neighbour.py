@@ -112,9 +112,9 @@ def _row(phase: Phase) -> dict[str, Any]:
 
 
 def _request(record: RequestRecord) -> dict[str, Any]:
-    """A quiet request. One without a first token has waited at least until it was given up."""
+    """A quiet request. One that was given up has waited at least so long; a failed one has no time."""
     waited_s = record.ttft_s
-    if waited_s is None and record.finished_s is not None:
+    if waited_s is None and record.cut and record.finished_s is not None:
         waited_s = record.finished_s - record.sent_s
     return {
         **asdict(record),
@@ -133,9 +133,7 @@ def summarize(config: dict[str, Any], rows: list[dict[str, Any]], requests: list
             figures[f"{system}, {condition}"] = _summary(
                 _where(rows, system, condition), _where(requests, system, condition)
             )
-    plain, seats = (
-        [request["ttft_s"] for request in _where(requests, system, BESIDE)] for system in (PLAIN, SEATS)
-    )
+    plain, seats = (_waits_s(_where(requests, system, BESIDE)) for system in (PLAIN, SEATS))
     ratio = percentile_ratio(plain, seats, 0.99, config["seed"])
     figures["ttft_p99_ratio_plain_over_seats"] = asdict(ratio)
     failed = figures[f"{SEATS}, {BESIDE}"]["failed"]
@@ -163,8 +161,12 @@ def _where(rows: list[dict[str, Any]], system: str, condition: str) -> list[dict
     return [row for row in rows if row["system"] == system and row["condition"] == condition]
 
 
+def _waits_s(requests: list[dict[str, Any]]) -> list[float]:
+    return [request["ttft_s"] for request in requests if request["ttft_s"] is not None]
+
+
 def _summary(rows: list[dict[str, Any]], requests: list[dict[str, Any]]) -> dict[str, Any]:
-    ttft_ms = [1000 * request["ttft_s"] for request in requests]
+    ttft_ms = [1000 * wait_s for wait_s in _waits_s(requests)]
     decode = [request["decode_tok_s"] for request in requests if request["decode_tok_s"] is not None]
     return {
         "requests": len(requests),
@@ -209,7 +211,7 @@ def plot(result: Result, figure: Figure) -> None:
     config = result.config
     figure.suptitle(
         f"A quiet seat beside {config['noisy_streams']} noisy streams on {config['max_num_seqs']} engine "
-        f"slots: first token at p99 {ratio:.1f}x sooner than on plain vLLM"
+        f"slots: plain vLLM's TTFT p99 is {ratio:.1f} times ours"
     )
     bars, distribution, throughput = figure.subplots(1, 3)
     _plot_bars(bars, result.figures)
@@ -232,7 +234,7 @@ def _plot_bars(axes: Axes, figures: dict[str, Any]) -> None:
 def _plot_distribution(axes: Axes, requests: Sequence[dict[str, Any]]) -> None:
     for system in (PLAIN, SEATS):
         for condition, style in ((ALONE, ":"), (BESIDE, "-")):
-            waits_ms = [1000 * row["ttft_s"] for row in _where(list(requests), system, condition)]
+            waits_ms = [1000 * wait_s for wait_s in _waits_s(_where(list(requests), system, condition))]
             if waits_ms:
                 axes.ecdf(waits_ms, linestyle=style, color=COLORS[system], label=f"{system}, {condition}")
     axes.set_xscale("log")
@@ -240,7 +242,7 @@ def _plot_distribution(axes: Axes, requests: Sequence[dict[str, Any]]) -> None:
         title="Every request of the quiet seat", xlabel="time to first token, ms", ylabel="share of requests"
     )
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
 
 
 def _plot_throughput(axes: Axes, figures: dict[str, Any]) -> None:

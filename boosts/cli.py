@@ -61,9 +61,8 @@ def run(
 @app.command(context_settings=_PASS_ARGUMENTS)
 def serve(context: typer.Context) -> None:
     """Serve a model to the seats of an entitlements file (boosts serve --help)."""
-    from serving.__main__ import main as serve_main
-
-    raise typer.Exit(serve_main(context.args))
+    # In place of this process: the node's children look for its own entry point, and signals reach it.
+    os.execv(sys.executable, [sys.executable, "-m", "serving.main", *context.args])  # noqa: S606 - no shell wanted
 
 
 @app.command(context_settings=_PASS_ARGUMENTS)

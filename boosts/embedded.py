@@ -166,7 +166,7 @@ def _served_name(settings: DemoSettings) -> str:
 
 def _start_node(settings: DemoSettings, model_path: str, log: Path) -> subprocess.Popen[bytes]:
     command = [
-        *(sys.executable, "-m", "serving", "--model", model_path),
+        *(sys.executable, "-m", "serving.main", "--model", model_path),
         *("--served-model-name", _served_name(settings)),
         *("--entitlements", str(settings.home / "entitlements.json")),
         *("--host", _HOST, "--port", str(settings.inference_port)),
@@ -176,7 +176,7 @@ def _start_node(settings: DemoSettings, model_path: str, log: Path) -> subproces
         *settings.engine_flags,
     ]
     environment = {**(_cpu_environment() if _on_cpu() else {}), "VLLM_NO_USAGE_STATS": "1", **os.environ}
-    # A session of its own: Ctrl-C reaches us alone, and we stop the whole group in order.
+    # A process group of its own: Ctrl-C reaches us alone, and we stop the whole group in order.
     with log.open("wb") as output:
         return subprocess.Popen(
             command,
@@ -185,7 +185,9 @@ def _start_node(settings: DemoSettings, model_path: str, log: Path) -> subproces
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            # A group, not a session: Linux shares the processor between sessions, not processes, and the
+            # busy engine would starve its own clients on the same machine.
+            process_group=0,
             preexec_fn=_die_with_parent,  # noqa: PLW1509 - this process has one thread
         )
 

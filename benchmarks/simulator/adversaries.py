@@ -40,7 +40,7 @@ def _seat(name: str, guarantee: float, rng: random.Random) -> SeatPlan:
         guarantee_tok_s=guarantee,
         prefill_tok_s=rng.choice((500.0, 5_000.0)),
         rpm_limit=rng.choice((20, 100_000, 100_000)),
-        tpm_limit=rng.choice((2_000, 10_000_000, 10_000_000)),
+        tpm_limit=rng.choice((400, 2_000, 10_000_000, 10_000_000)),
     )
     border = rng.uniform(0.5, SPAN_S)
     blocks: tuple[tuple[float, float | None], ...] = ((0.0, None),)

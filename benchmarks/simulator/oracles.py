@@ -377,6 +377,22 @@ class OneOutcome(Oracle):
                     yield f"{seat.seat_id} counts {number} {outcome}, but it was {seen}"
 
 
+class Blocks(Oracle):
+    """Outside its blocks a seat starts nothing, and nothing of it is queued."""
+
+    name = "blocks"
+
+    def see(self, event: trace.Event, view: View) -> Iterator[str]:
+        if isinstance(event, trace.Entered):
+            seat = view.seats[view.prompts[event.number].prompt.seat_id]
+            if not seat.open:
+                yield f"prompt {event.number} entered outside its block"
+        elif isinstance(event, trace.Settled):
+            for seat in view.seats.values():
+                if seat.queue and not seat.open:
+                    yield f"{seat.terms.seat_id} has {len(seat.queue)} queued outside its block"
+
+
 class HonestRefusals(Oracle):
     """Refused only for a reason that holds; admitted only within the limits; a retry on time is admitted."""
 
@@ -411,8 +427,21 @@ class HonestRefusals(Oracle):
             if event.retry_after_s is None:
                 yield f"{event.seat_id} hit {event.reason} and was not told when to retry"
             else:
+                needed = self._wait_s(seat, event.prompts, view)
+                if abs(event.retry_after_s - needed) > EPSILON * 60:
+                    yield f"{event.seat_id} told to wait {event.retry_after_s} s, it takes {needed} s"
                 retry_at = event.at + event.retry_after_s
                 self._promised_retries[retry_at, event.seat_id, sizes] = seat.changes
+
+    @staticmethod
+    def _wait_s(seat: SeatView, prompts: Sequence[trace.Prompt], view: View) -> float:
+        """Seconds until both limits would admit the request."""
+        count = sum(prompt.count for prompt in prompts)
+        tokens = view.reservation(prompts, seat.terms.tpm_limit)
+        return max(
+            (count - seat.requests.level) * 60.0 / seat.terms.rpm_limit,
+            (tokens - seat.tokens.level) * 60.0 / seat.terms.tpm_limit,
+        )
 
     @staticmethod
     def _eviction(event: trace.Evicted, view: View) -> Iterator[str]:
@@ -581,6 +610,7 @@ def all_oracles() -> list[Oracle]:
         WorkConservation(),
         Order(),
         OneOutcome(),
+        Blocks(),
         HonestRefusals(),
         QueueTimeout(),
         Fairness(),

@@ -1,0 +1,343 @@
+"""Break one promise in the scheduler on purpose, and see that the evidence tells.
+
+Each mutation patches the running class, no source. `caught_by` names the oracles of which one must
+speak: a mutation that some other oracle notices by accident is not enough.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+import pytest
+
+from scheduler import (
+    Admission,
+    Ask,
+    Capacity,
+    Outcome,
+    Policy,
+    Reason,
+    Refusal,
+    SeatTerms,
+    State,
+    Ticket,
+    admission,
+)
+from scheduler.admission import Seat
+from scheduler.buckets import TokenBucket
+from scheduler.ledger import Ledger
+from tests.simulation import evidence
+
+SEEDS = range(20)
+Patch = pytest.MonkeyPatch
+
+
+def no_lift(patch: Patch) -> None:
+    patch.setattr(Admission, "_rejoin", lambda self, seat: None)
+
+
+def weight_ignored(patch: Patch) -> None:
+    patch.setattr(SeatTerms, "weight", property(lambda self: 1.0))
+
+
+def output_free(patch: Patch) -> None:
+    patch.setattr(Admission, "_charge_output", lambda self, ticket, output_tokens: None)
+
+
+def input_free(patch: Patch) -> None:
+    init = Admission.__init__
+
+    def mutant(self: Admission, capacity: Capacity, policy: Policy | None = None) -> None:
+        init(self, capacity, replace(policy or Policy(), input_weight=0.0))
+
+    patch.setattr(Admission, "__init__", mutant)
+
+
+def output_never_corrected(patch: Patch) -> None:
+    charge = Admission._charge_output
+
+    def mutant(self: Admission, ticket: Ticket, output_tokens: int) -> None:
+        if ticket.charged_output == 0:
+            charge(self, ticket, min(output_tokens, ticket.expected_output))
+
+    patch.setattr(Admission, "_charge_output", mutant)
+    patch.setattr(Admission, "_expected_output", staticmethod(lambda seat, ask: ask.count))
+
+
+def no_refund(patch: Patch) -> None:
+    charge = Admission._charge
+
+    def mutant(ticket: Ticket, cost: float) -> None:
+        if cost > 0:
+            charge(ticket, cost)
+
+    patch.setattr(Admission, "_charge", staticmethod(mutant))
+
+
+def prefix_hits_not_refunded(patch: Patch) -> None:
+    patch.setattr(Admission, "record_prefix_hit", lambda self, ticket, cached_tokens: None)
+
+
+def charge_shrinks_with_the_queue(patch: Patch) -> None:
+    charge = Admission._charge
+
+    def mutant(ticket: Ticket, cost: float) -> None:
+        charge(ticket, cost / (1 + len(ticket.seat.queue)))
+
+    patch.setattr(Admission, "_charge", staticmethod(mutant))
+
+
+def largest_tag_first(patch: Patch) -> None:
+    init = Admission.__init__
+
+    def mutant(self: Admission, capacity: Capacity, policy: Policy | None = None) -> None:
+        init(self, capacity, policy)
+        self._fair = admission._SeatHeap(lambda seat: -seat.tag)
+
+    patch.setattr(Admission, "__init__", mutant)
+
+
+def virtual_time_falls(patch: Patch) -> None:
+    start = Admission._start
+
+    def mutant(self: Admission, ticket: Ticket, now: float) -> Ticket:
+        self.virtual_time = 0.0
+        return start(self, ticket, now)
+
+    patch.setattr(Admission, "_start", mutant)
+
+
+def last_come_first_served(patch: Patch) -> None:
+    patch.setattr(admission, "_head", lambda seat: next(reversed(seat.queue.values())))
+
+
+def no_reserve(patch: Patch) -> None:
+    fits = Admission._fits
+    patch.setattr(Admission, "_fits", lambda self, ticket, *, owed: fits(self, ticket, owed=True))
+
+
+def nobody_is_owed(patch: Patch) -> None:
+    patch.setattr(admission, "_is_owed", lambda seat: False)
+
+
+def wide_requests_take_reserved_slots(patch: Patch) -> None:
+    patch.setattr(admission, "_is_owed", lambda seat: bool(seat.queue) and seat.unused > 0)
+
+
+def kv_cache_ignored(patch: Patch) -> None:
+    fits = Admission._fits
+
+    def mutant(self: Admission, ticket: Ticket, *, owed: bool) -> bool:
+        self._kv_in_use = -1_000_000_000
+        return fits(self, ticket, owed=owed)
+
+    patch.setattr(Admission, "_fits", mutant)
+
+
+def slots_ignored(patch: Patch) -> None:
+    patch.setattr(Admission, "_fits", lambda self, ticket, *, owed: True)
+
+
+def one_entry_at_a_time(patch: Patch) -> None:
+    dispatch = Admission.dispatch
+
+    def mutant(self: Admission, now: float) -> list[Ticket]:
+        return dispatch(self, now) if self.in_flight < self.capacity.slots // 2 else []
+
+    patch.setattr(Admission, "dispatch", mutant)
+
+
+def released_twice_counts_twice(patch: Patch) -> None:
+    release = Admission.release
+
+    def mutant(self: Admission, ticket: Ticket, now: float) -> None:
+        if ticket.state is State.FINISHED:
+            self._finish(ticket, now)
+        release(self, ticket, now)
+
+    patch.setattr(Admission, "release", mutant)
+
+
+def canceled_lease_leaks(patch: Patch) -> None:
+    release = Admission.release
+
+    def mutant(self: Admission, ticket: Ticket, now: float) -> None:
+        if ticket.state is State.QUEUED or ticket.produced:
+            release(self, ticket, now)
+
+    patch.setattr(Admission, "release", mutant)
+
+
+def evicted_counted_as_canceled_too(patch: Patch) -> None:
+    evict = Admission._evict
+
+    def mutant(self: Admission, ticket: Ticket, refusal: Refusal, now: float) -> Ticket:
+        ticket.seat.outcomes[Outcome.CANCELED] += ticket.count
+        return evict(self, ticket, refusal, now)
+
+    patch.setattr(Admission, "_evict", mutant)
+
+
+def no_settlement(patch: Patch) -> None:
+    patch.setattr(TokenBucket, "give_back", lambda self, units, now: None)
+
+
+def refused_request_is_debited(patch: Patch) -> None:
+    refusal_of = Admission._refusal
+
+    def mutant(self: Admission, seat: Seat, asks: Sequence[Ask], now: float) -> Refusal | None:
+        refusal = refusal_of(self, seat, asks, now)
+        if refusal is not None:
+            seat.requests.take(1, now)
+        return refusal
+
+    patch.setattr(Admission, "_refusal", mutant)
+
+
+def limits_not_enforced(patch: Patch) -> None:
+    patch.setattr(TokenBucket, "wait_s", lambda self, units, now: 0.0)
+
+
+def retry_after_too_short(patch: Patch) -> None:
+    wait_s = TokenBucket.wait_s
+    patch.setattr(TokenBucket, "wait_s", lambda self, units, now: wait_s(self, units, now) / 2)
+
+
+def retry_after_of_the_first_limit_only(patch: Patch) -> None:
+    def mutant(self: Admission, seat: Seat, asks: Sequence[Ask], now: float) -> Refusal | None:
+        count = sum(ask.count for ask in asks)
+        return (
+            self._closed_refusal(seat)
+            or self._size_refusal(seat, asks)
+            or self._request_limit_refusal(seat, count, now)
+            or self._token_limit_refusal(seat, asks, now)
+            or self._queue_refusal(seat, count)
+        )
+
+    patch.setattr(Admission, "_refusal", mutant)
+
+
+def group_reserves_more_than_the_limit(patch: Patch) -> None:
+    enqueue = Admission._enqueue
+
+    def mutant(self: Admission, seat: Seat, ask: Ask, reserved_tokens: int, now: float) -> Ticket:
+        return enqueue(self, seat, ask, ask.input_tokens + self._expected_output(seat, ask), now)
+
+    patch.setattr(Admission, "_enqueue", mutant)
+
+
+def queue_unbounded(patch: Patch) -> None:
+    patch.setattr(Admission, "_queue_refusal", lambda self, seat, count: None)
+
+
+def queue_refuses_at_half(patch: Patch) -> None:
+    bound = Admission._queue_bound
+    patch.setattr(Admission, "_queue_bound", lambda self, seat: bound(self, seat) // 2)
+
+
+def timeout_too_early(patch: Patch) -> None:
+    enqueue = Admission._enqueue
+
+    def mutant(self: Admission, seat: Seat, ask: Ask, reserved_tokens: int, now: float) -> Ticket:
+        ticket = enqueue(self, seat, ask, reserved_tokens, now)
+        ticket.expires_at = now + self.policy.queue_timeout_s / 2
+        return ticket
+
+    patch.setattr(Admission, "_enqueue", mutant)
+
+
+def no_timeout(patch: Patch) -> None:
+    patch.setattr(Admission, "expire", lambda self, now: [])
+
+
+def block_end_keeps_the_queue(patch: Patch) -> None:
+    close = Admission.close_seat
+
+    def mutant(self: Admission, seat_id: str, reason: Reason, now: float) -> list[Ticket]:
+        patch_queue = self._seats[seat_id].queue
+        self._seats[seat_id].queue = type(patch_queue)()
+        evicted = close(self, seat_id, reason, now)
+        self._seats[seat_id].queue = patch_queue
+        return evicted
+
+    patch.setattr(Admission, "close_seat", mutant)
+
+
+def closed_seat_is_served(patch: Patch) -> None:
+    patch.setattr(Admission, "_closed_refusal", lambda self, seat: None)
+
+
+def ledger_forgets_deadlines(patch: Patch) -> None:
+    def mutant(self: Ledger, number: int, count: int, deadline: float) -> None:
+        self._waiting[number] = (deadline, count)
+
+    patch.setattr(Ledger, "expect", mutant)
+
+
+def ledger_owes_for_all_requests(patch: Patch) -> None:
+    patch.setattr(Ledger, "rate", property(lambda self: self._guarantee * self._owing))
+
+
+def ledger_misses_deliveries(patch: Patch) -> None:
+    deliver: Any = Ledger.deliver
+    patch.setattr(Ledger, "deliver", lambda self, tokens, now: deliver(self, min(tokens, 1), now))
+
+
+@dataclass(frozen=True)
+class Mutation:
+    apply: Callable[[Patch], None]
+    caught_by: tuple[str, ...]
+    aimed: bool = False
+    """Whether an aimed run shows it sooner than random ones."""
+
+
+MUTATIONS = [
+    Mutation(no_lift, ("fairness",)),
+    Mutation(weight_ignored, ("fairness", "flood proof")),
+    Mutation(output_free, ("fairness", "flood proof")),
+    Mutation(input_free, ("fairness", "flood proof")),
+    Mutation(output_never_corrected, ("fairness", "flood proof")),
+    Mutation(no_refund, ("fairness", "flood proof")),
+    Mutation(prefix_hits_not_refunded, ("fairness", "flood proof")),
+    Mutation(charge_shrinks_with_the_queue, ("fairness", "flood proof")),
+    Mutation(largest_tag_first, ("fairness", "flood proof")),
+    Mutation(virtual_time_falls, ("order",)),
+    Mutation(last_come_first_served, ("order",)),
+    Mutation(no_reserve, ("reserve", "entry guarantee")),
+    Mutation(nobody_is_owed, ("entry guarantee",)),
+    Mutation(wide_requests_take_reserved_slots, ("reserve", "entry guarantee")),
+    Mutation(kv_cache_ignored, ("reserve",)),
+    Mutation(slots_ignored, ("reserve",)),
+    Mutation(one_entry_at_a_time, ("work conservation",)),
+    Mutation(released_twice_counts_twice, ("one outcome",)),
+    Mutation(canceled_lease_leaks, ("one outcome",)),
+    Mutation(evicted_counted_as_canceled_too, ("one outcome",)),
+    Mutation(no_settlement, ("honest refusals",)),
+    Mutation(refused_request_is_debited, ("honest refusals",)),
+    Mutation(limits_not_enforced, ("honest refusals",)),
+    Mutation(retry_after_too_short, ("honest refusals",)),
+    Mutation(retry_after_of_the_first_limit_only, ("honest refusals",), aimed=True),
+    Mutation(group_reserves_more_than_the_limit, ("honest refusals",), aimed=True),
+    Mutation(queue_unbounded, ("honest refusals",)),
+    Mutation(queue_refuses_at_half, ("honest refusals",)),
+    Mutation(timeout_too_early, ("honest refusals",)),
+    Mutation(no_timeout, ("queue timeout",)),
+    Mutation(block_end_keeps_the_queue, ("blocks",)),
+    Mutation(closed_seat_is_served, ("blocks", "honest refusals")),
+    Mutation(ledger_forgets_deadlines, ("ledger",)),
+    Mutation(ledger_owes_for_all_requests, ("ledger",)),
+    Mutation(ledger_misses_deliveries, ("ledger",)),
+]
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.apply.__name__)
+def test_broken_promise_is_seen(mutation: Mutation, monkeypatch: Patch) -> None:
+    mutation.apply(monkeypatch)
+    runs = [evidence.broken_by_random_adversaries(SEEDS), evidence.broken_by_aimed_runs()]
+    if mutation.aimed or "fairness" in mutation.caught_by:  # a drift takes long runs to show
+        runs.reverse()
+    told = (line for line in chain(*runs) if line.startswith(mutation.caught_by))
+    caught = next(told, None)
+    print(caught)
+    assert caught is not None
