@@ -7,7 +7,6 @@ keys, the log. A second run finds it all again.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import datetime
 import fcntl
 import importlib.metadata
@@ -38,6 +37,7 @@ from contract.entitlements import (
 )
 from contract.errors import ContractError
 from contract.keys import key_sha256, new_boost_key
+from serving.family import stop_with_parent
 
 DEMO_SEATS = ("demo", "quiet", "noisy")
 """Pledges of the demo pool, each with a key of its own."""
@@ -45,7 +45,6 @@ DEMO_SEATS = ("demo", "quiet", "noisy")
 _HOST = "127.0.0.1"
 _DRAIN_S = 3
 _STOP_S = 8.0
-_PR_SET_PDEATHSIG = 1
 
 _STAGES = (
     ("Starting to load model", "loading the model"),
@@ -185,16 +184,12 @@ def _start_node(settings: DemoSettings, model_path: str, log: Path) -> subproces
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            # A group, not a session: Linux shares the processor between sessions, not processes, and the
-            # busy engine would starve its own clients on the same machine.
+            # Not a session: Linux shares the processor between sessions, not processes (autogroup), and
+            # the busy engine would starve its own clients on the same machine.
             process_group=0,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509 - this process has one thread
+            # Even a killed `boosts run` leaves no node behind.
+            preexec_fn=stop_with_parent,  # noqa: PLW1509 - this process has one thread
         )
-
-
-def _die_with_parent() -> None:
-    """Even a killed `boosts run` leaves no node behind (Linux; prctl(2))."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _on_cpu() -> bool:

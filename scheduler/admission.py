@@ -251,6 +251,10 @@ class Admission:
 
     # --- readings ----------------------------------------------------------------------------------
 
+    def knows(self, seat_id: str) -> bool:
+        """Whether the seat has been opened and not forgotten."""
+        return seat_id in self._seats
+
     def seat_ids(self) -> list[str]:
         return list(self._seats)
 

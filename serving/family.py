@@ -14,13 +14,18 @@ import signal
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it is gone."""
+def die_with_parent(last_signal: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel send this process `last_signal` when the one that started it is gone."""
     parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, last_signal)
     if os.getppid() != parent:
         # It went between the two calls; nobody will tell us any more.
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), last_signal)
+
+
+def stop_with_parent() -> None:
+    """The same with SIGTERM, for a process that stops its own children in order."""
+    die_with_parent(signal.SIGTERM)
 
 
 def keep_children_close() -> None:

@@ -151,7 +151,7 @@ class Node:
             self._standings[pledge.pledge_id] = standing
             if standing is None:
                 self.admission.open_seat(keyring.terms(pledge), now)
-            elif pledge.pledge_id in known:
+            elif self.admission.knows(pledge.pledge_id):
                 self._tell_evicted(self.admission.close_seat(pledge.pledge_id, standing, now))
             until = pledge.valid_until.timestamp()
             borders = [next_border(pledge.spans, wall_now), *([until] if until > wall_now else [])]
@@ -171,7 +171,7 @@ class Node:
 
     def read_limits(self, pledge: PledgeEntitlement) -> tuple[LimitReading, LimitReading] | None:
         """The key's request and token limit; None for a seat that has not been open yet."""
-        if pledge.pledge_id not in self.admission.seat_ids():
+        if not self.admission.knows(pledge.pledge_id):
             return None
         return self.admission.read_limits(pledge.pledge_id, self.clock())
 
@@ -250,7 +250,7 @@ class Node:
     def _submit(self, verdict: Verdict) -> None:
         seat_id = verdict.pledge.pledge_id
         asks = [place.ask for place in verdict.places]
-        if seat_id not in self._standings:
+        if not self.admission.knows(seat_id):
             verdict.refuse(Refusal(Reason.REVOKED))
             return
         tickets = self.admission.submit(seat_id, asks, self.clock())

@@ -28,6 +28,7 @@ from contract.entitlements import (
     PoolTerms,
 )
 from contract.keys import key_sha256, new_boost_key
+from serving.family import stop_with_parent
 
 SLOTS = 8
 QUEUE_TIMEOUT_S = 7.0
@@ -97,11 +98,13 @@ class RunningNode:
         answer: dict[str, object] = httpx.get(f"{self.stats_url}/stats").json()
         return answer
 
-    def seat_stats(self, seat: Seat) -> dict[str, float]:
+    def all_seat_stats(self) -> list[dict[str, float]]:
         seats = self.stats()["seats"]
         assert isinstance(seats, list)
-        [found] = [entry for entry in seats if entry["pledge_id"] == seat.pledge.pledge_id]
-        assert isinstance(found, dict)
+        return seats
+
+    def seat_stats(self, seat: Seat) -> dict[str, float]:
+        [found] = [entry for entry in self.all_seat_stats() if entry["pledge_id"] == seat.pledge.pledge_id]
         return found
 
     def new_seat(
@@ -173,6 +176,7 @@ def start_serving(
         stdout=log,
         stderr=subprocess.STDOUT,
         process_group=0,
+        preexec_fn=stop_with_parent,  # noqa: PLW1509 - pytest has one thread here
     )
     deadline = time.monotonic() + 240
     while True:

@@ -6,6 +6,7 @@ import anthropic
 import httpx
 import openai
 import pytest
+from openai.types.chat import ChatCompletionMessageParam
 
 from tests.integration.calls import CALLS, Call
 from tests.integration.conftest import RunningNode, Seat
@@ -24,10 +25,10 @@ def anthropic_client(node: RunningNode, seat: Seat) -> anthropic.Anthropic:
 
 
 def test_openai_chat(openai_client: openai.OpenAI) -> None:
-    messages = [{"role": "user", "content": "hi"}]
+    messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hi"}]
     answer = openai_client.chat.completions.create(
         model="demo",
-        messages=messages,  # type: ignore[arg-type]
+        messages=messages,
         max_tokens=5,
         extra_body={"ignore_eos": True},
     )
@@ -35,7 +36,7 @@ def test_openai_chat(openai_client: openai.OpenAI) -> None:
     assert answer.usage.completion_tokens == 5
     stream = openai_client.chat.completions.create(
         model="demo",
-        messages=messages,  # type: ignore[arg-type]
+        messages=messages,
         max_tokens=5,
         stream=True,
         stream_options={"include_usage": True},

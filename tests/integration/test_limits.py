@@ -10,7 +10,7 @@ import json
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import anthropic
 import httpx
@@ -87,9 +87,17 @@ def test_token_limit(node: RunningNode, call: Call) -> None:
     assert first.status_code == 200
     assert_refused(call, second, 429, "rate_limit_exceeded", "rate_limit_error")
     assert "tokens per min" in second.text
-    # The same request fits after the announced wait: the promise of retry-after.
+    assert int(second.headers["retry-after"]) >= 1
+    node.drop_seat(seat)
+
+
+def test_retry_after_is_when_the_retry_is_admitted(node: RunningNode) -> None:
+    call = CALLS[2]
+    seat = node.new_seat(tpm_limit=200)
+    first, second = (call.post(node.url, seat.key, max_tokens=100) for _ in range(2))
+    assert (first.status_code, second.status_code) == (200, 429)
     time.sleep(int(second.headers["retry-after-ms"]) / 1000)
-    assert call.post(node.url, seat.key, max_tokens=60).status_code == 200
+    assert call.post(node.url, seat.key, max_tokens=100).status_code == 200
     node.drop_seat(seat)
 
 
@@ -256,13 +264,14 @@ def test_leaving_a_running_request_frees_its_slot(node: RunningNode, seat: Seat,
     assert node.seat_stats(seat)["output_tokens"] == made, "the engine goes on for nobody"
 
 
-def leave_while(node: RunningNode, call: Call, seat: Seat, condition) -> None:  # type: ignore[no-untyped-def]
+def leave_while(
+    node: RunningNode, call: Call, seat: Seat, condition: Callable[[dict[str, float]], bool]
+) -> None:
     """Open a connection, wait for the condition on the seat's counters, and hang up."""
 
     async def hang_up() -> None:
         async with httpx.AsyncClient(timeout=60) as client:
             header = {"x-api-key": seat.key}
-            # 'hello' makes the random weights end early on some endpoints, never on this prompt.
             body = call.body(prompt="x", max_tokens=6000)
             request = asyncio.create_task(client.post(node.url + call.path, headers=header, json=body))
             while not condition(await asyncio.to_thread(node.seat_stats, seat)):
@@ -321,7 +330,7 @@ def test_counting_tokens_counts_as_a_request(node: RunningNode) -> None:
 
 
 def test_nothing_is_left_after_all_clients_left(node: RunningNode) -> None:
-    wait_for(lambda: all(s["queued"] == 0 and s["in_flight"] == 0 for s in node.stats()["seats"]))  # type: ignore[attr-defined]
+    wait_for(lambda: all(seat["queued"] == seat["in_flight"] == 0 for seat in node.all_seat_stats()))
     metrics = httpx.get(f"{node.stats_url}/metrics").text
     assert "boosts_in_flight_sequences 0.0" in metrics
     assert "boosts_queued_requests 0.0" in metrics

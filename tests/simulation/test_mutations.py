@@ -29,7 +29,7 @@ from scheduler.buckets import TokenBucket
 from scheduler.ledger import Ledger
 from tests.simulation import evidence
 
-SEEDS = range(20)
+SEEDS = range(100)
 Patch = pytest.MonkeyPatch
 
 
@@ -339,5 +339,4 @@ def test_broken_promise_is_seen(mutation: Mutation, monkeypatch: Patch) -> None:
         runs.reverse()
     told = (line for line in chain(*runs) if line.startswith(mutation.caught_by))
     caught = next(told, None)
-    print(caught)
     assert caught is not None
