@@ -97,21 +97,26 @@ def _ask(prompt: Any, params: SamplingParams) -> Ask:
 def _meter(processor: OutputProcessor, engine: SeatLLM) -> None:
     """Let `engine.node` see every step that `processor` handles."""
     process_outputs = processor.process_outputs
+    states, external_ids = processor.request_states, processor.external_req_ids
 
     def metered(outputs: list[EngineCoreOutput], *args: Any, **kwargs: Any) -> OutputProcessorOutput:
         # Which request it is and how many tokens the engine made is known before vLLM has trimmed
         # tokens behind a stop string and forgotten what is finished.
-        states = processor.request_states
         steps = [
-            (states[output.request_id].external_req_id, len(output.new_token_ids), _cached_tokens(output))
+            StepOutput(
+                states[output.request_id].external_req_id, len(output.new_token_ids), _cached_tokens(output)
+            )
             for output in outputs
             if output.request_id in states
         ]
+        unfinished = len(states)
         result = process_outputs(outputs, *args, **kwargs)
-        engine.node.record_step(
-            StepOutput(request_id, new_tokens, cached_tokens, request_id not in processor.external_req_ids)
-            for request_id, new_tokens, cached_tokens in steps
+        finished = (
+            [step.request_id for step in steps if step.request_id not in external_ids]
+            if len(states) < unfinished
+            else ()
         )
+        engine.node.record_step(steps, finished)
         return result
 
     processor.process_outputs = metered  # type: ignore[method-assign, assignment]

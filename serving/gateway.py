@@ -149,14 +149,13 @@ class Exchange:
             raise _AnsweredError(_body_too_slow()) from None
 
     async def _forward(self, route: Route, content: bytes) -> None:
-        response = HeldResponse(self, holding=False)
+        response = HeldResponse(self)
         await self.app(self._engine_scope(route, content), self._replay(content), response.take)
         await response.finish()
 
     async def _generate(self, route: Route, content: bytes, verdict: Verdict) -> None:
         """Run vLLM's handler beside the scheduler's decision; whichever answers first does."""
-        response = HeldResponse(self, holding=True)
-        response.verdict = verdict
+        response = HeldResponse(self, verdict)
         current_verdict.set(verdict)
         engine = asyncio.create_task(
             self.app(self._engine_scope(route, content), self._replay(content), response.take)
@@ -240,28 +239,38 @@ class HeldResponse:
     body is cut at MAX_ERROR_BYTES.
     """
 
-    def __init__(self, exchange: Exchange, *, holding: bool) -> None:
-        self.verdict: Verdict | None = None
+    def __init__(self, exchange: Exchange, verdict: Verdict | None = None) -> None:
         self._exchange = exchange
-        self._holding = holding
+        self._send = exchange.send
+        self._verdict = verdict
         self._start: Message | None = None
         self._held: list[bytes] = []
         self._sent_start = False
+        self._flowing = False
+        """Nothing is held and nothing will be: every message goes straight through."""
         self._ended = False
 
-    async def take(self, message: Message) -> None:
-        """vLLM's `send`."""
-        if self.verdict is not None and self.verdict.refusal is not None:
+    def take(self, message: Message) -> Awaitable[None]:
+        """vLLM's `send`. Called for every token of a stream, so a flowing one costs no coroutine here."""
+        if self._flowing and (self._verdict is None or self._verdict.refusal is None):
+            self._ended = not message.get("more_body", False)
+            return self._send(message)
+        return self._consider(message)
+
+    async def _consider(self, message: Message) -> None:
+        verdict = self._verdict
+        if verdict is not None and verdict.refusal is not None:
             return
         if message["type"] == "http.response.start":
             self._start = message
         elif self._is_error():
             if sum(map(len, self._held)) < MAX_ERROR_BYTES:
                 self._held.append(message.get("body", b""))
-        elif self._holding and not (self.verdict is not None and self.verdict.dispatched):
+        elif verdict is not None and not verdict.dispatched:
             self._held.append(message.get("body", b""))
         else:
             await self._release()
+            self._flowing = True
             await self._body(message.get("body", b""), more=message.get("more_body", False))
 
     async def keep_alive(self) -> None:
@@ -305,14 +314,14 @@ class HeldResponse:
             assert self._start is not None
             self._sent_start = True
             headers = [*self._start["headers"], *self._exchange.own_headers()]
-            await self._exchange.send({**self._start, "headers": headers})
+            await self._send({**self._start, "headers": headers})
         if self._held:
             held, self._held = b"".join(self._held), []
             await self._body(held, more=True)
 
     async def _body(self, content: bytes, *, more: bool) -> None:
         self._ended = not more
-        await self._exchange.send({"type": "http.response.body", "body": content, "more_body": more})
+        await self._send({"type": "http.response.body", "body": content, "more_body": more})
 
     def _engine_error(self, status: int) -> ApiError:
         try:

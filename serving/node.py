@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -73,8 +73,6 @@ class StepOutput(NamedTuple):
     new_tokens: int
     cached_tokens: int
     """Of the prompt, found in the prefix cache; 0 but in the request's first output."""
-    finished: bool
-    """No sequence of the request is left in the engine."""
 
 
 def engine_request_id(ticket: Ticket) -> str:
@@ -224,27 +222,26 @@ class Node:
             verdict.dispatched = True
             place.entered.set_result(None)
 
-    def record_step(self, outputs: Iterable[StepOutput]) -> None:
-        """Account one engine step, and fill the slots it freed."""
+    def record_step(self, outputs: Iterable[StepOutput], finished: Collection[str]) -> None:
+        """Account one engine step, and fill the slots of the requests that `finished` in it."""
         now = self.clock()
         produced: list[tuple[Ticket, int]] = []
-        finished: list[Ticket] = []
-        for output in outputs:
-            ticket = self._running.get(output.request_id)
+        for request_id, new_tokens, cached_tokens in outputs:
+            ticket = self._running.get(request_id)
             if ticket is None:
                 continue
-            if output.cached_tokens:
-                self.admission.record_prefix_hit(ticket, output.cached_tokens)
-            if output.new_tokens:
-                produced.append((ticket, output.new_tokens))
-            if output.finished:
-                finished.append(ticket)
+            if cached_tokens:
+                self.admission.record_prefix_hit(ticket, cached_tokens)
+            if new_tokens:
+                produced.append((ticket, new_tokens))
         for ticket in {ticket for ticket, _ in produced if ticket.first_token_at is None}:
             FIRST_TOKEN_SECONDS.observe(now - ticket.submitted_at)
         self.admission.record_step(produced, now)
-        for ticket in finished:
-            self._release(ticket)
         if finished:
+            for request_id in finished:
+                ticket = self._running.get(request_id)
+                if ticket is not None:
+                    self._release(ticket)
             self.pump()
 
     def _submit(self, verdict: Verdict) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -98,12 +99,12 @@ class RunningNode:
         answer: dict[str, object] = httpx.get(f"{self.stats_url}/stats").json()
         return answer
 
-    def all_seat_stats(self) -> list[dict[str, float]]:
+    def all_seat_stats(self) -> list[dict[str, Any]]:
         seats = self.stats()["seats"]
         assert isinstance(seats, list)
         return seats
 
-    def seat_stats(self, seat: Seat) -> dict[str, float]:
+    def seat_stats(self, seat: Seat) -> dict[str, Any]:
         [found] = [entry for entry in self.all_seat_stats() if entry["pledge_id"] == seat.pledge.pledge_id]
         return found
 

@@ -43,6 +43,7 @@ def test_openai_chat(openai_client: openai.OpenAI) -> None:
         extra_body={"ignore_eos": True},
     )
     *_, last = stream
+    assert last.usage is not None
     assert last.usage.completion_tokens == 5
 
 
