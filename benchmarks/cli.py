@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from matplotlib.figure import Figure
 
@@ -37,7 +38,8 @@ def main(argv: list[str]) -> int:
     """Parse, run, report. Progress goes to stderr, the table to stdout."""
     arguments = _parser().parse_args(argv)
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    folder = arguments.out or Path("var/bench") / f"{arguments.scenario}-{stamp}"
+    home = Path(os.environ.get("BOOSTS_HOME", "var"))
+    folder = arguments.out or home / "bench" / f"{arguments.scenario}-{stamp}"
     folder.mkdir(parents=True, exist_ok=True)
     # A terminated benchmark stops its servers as an interrupted one does.
     previous = signal.signal(signal.SIGTERM, _interrupt)
@@ -107,24 +109,31 @@ def _parser() -> argparse.ArgumentParser:
     noisy = scenarios.add_parser(
         "noisy-neighbour", help="a quiet seat alone, then beside many random-length streams of another"
     )
-    _common_options(noisy, rounds=3)
-    noisy.add_argument("--phase-s", type=_positive, default=20.0, help="seconds per phase (default 20)")
-    noisy.add_argument("--noisy-streams", type=int, default=64, help="open noisy streams (default 64)")
+    _common_options(noisy)
+    noisy.add_argument("--phase-s", type=_positive, help="seconds per phase (default %(default)s)")
+    noisy.add_argument("--noisy-streams", type=int, help="open noisy streams (default %(default)s)")
+    noisy.set_defaults(**_defaults(noisy_neighbour.Config))
     fair = scenarios.add_parser(
         "fairness", help="two backlogged seats' shares, and a lone seat's throughput against plain vLLM"
     )
-    _common_options(fair, rounds=5)
-    fair.add_argument("--pairs", type=int, default=10, help="lone-seat pairs, 0 for none (default 10)")
-    fair.add_argument("--lone-connections", type=int, default=32, help="the lone seat's streams (default 32)")
+    _common_options(fair)
+    fair.add_argument("--pairs", type=int, help="lone-seat pairs, 0 for none (default %(default)s)")
+    fair.add_argument("--lone-connections", type=int, help="the lone seat's streams (default %(default)s)")
+    fair.set_defaults(**_defaults(fairness.Config))
     return parser
 
 
-def _common_options(parser: argparse.ArgumentParser, rounds: int) -> None:
+def _defaults(config: type[noisy_neighbour.Config | fairness.Config]) -> dict[str, Any]:
+    """The scenario's own defaults, so that the command line cannot say otherwise."""
+    return {field.name: field.default for field in fields(config) if field.default is not MISSING}
+
+
+def _common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="model folder or Hugging Face id")
     parser.add_argument("--out", type=Path, help="results folder (default var/bench/<scenario>-<UTC time>)")
-    parser.add_argument("--rounds", type=int, default=rounds, help=f"rounds (default {rounds})")
-    parser.add_argument("--max-num-seqs", type=int, default=32, help="the engine's slots (default 32)")
-    parser.add_argument("--seed", type=int, default=1, help="of lengths, pauses and intervals (default 1)")
+    parser.add_argument("--rounds", type=int, help="rounds (default %(default)s)")
+    parser.add_argument("--max-num-seqs", type=int, help="the engine's slots (default %(default)s)")
+    parser.add_argument("--seed", type=int, help="of lengths, pauses, intervals (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="one short round, to see that it works")
 
 

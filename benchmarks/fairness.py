@@ -66,14 +66,16 @@ class Config:
     """Of every case of two seats; 0 leaves them out."""
     share_s: float = 15.0
     share_warm_s: float = 4.0
-    pairs: int = 30
+    pairs: int = 20
     """Of a lone seat and plain vLLM; 0 leaves them out."""
-    pair_s: float = 3.0
-    pair_warm_s: float = 1.0
+    pair_s: float = 5.0
+    pair_warm_s: float = 2.0
     max_num_seqs: int = 64
     few_connections: int = 80
     many_connections: int = 200
-    lone_connections: int = 64
+    lone_connections: int = 48
+    """Fewer than the slots less those that admission keeps free for the idle seats: with more, the figure
+    shows the price of the reserve."""
     guarantee_tok_s: float = 20.0
     share_input: Lengths = _SHORT
     share_output: Lengths = _SHORT

@@ -190,7 +190,8 @@ def start_serving(
             time.sleep(0.3)
 
 
-def stop_group(process: subprocess.Popen[bytes]) -> None:
+def stop_group(process: subprocess.Popen[Any]) -> None:
+    """SIGTERM, and SIGKILL for whatever of its group is left."""
     process.terminate()
     try:
         process.wait(15)

@@ -1,0 +1,147 @@
+"""Starting, stopping and dying: with nothing left behind, and nobody's answer lost without a word."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+from tests.integration.calls import CALLS, assert_refused
+from tests.integration.conftest import (
+    CPU_ENVIRONMENT,
+    RunningNode,
+    free_port,
+    start_serving,
+    stop_group,
+    wait_for,
+)
+
+pytestmark = pytest.mark.vllm
+
+
+def family(pid: int) -> list[psutil.Process]:
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
+
+
+@pytest.fixture
+def own_node(tmp_path: Path, demo_model: Path) -> Iterator[tuple[RunningNode, subprocess.Popen[bytes]]]:
+    """A node for one test to stop or kill."""
+    node = RunningNode(tmp_path, free_port(), free_port(), demo_model)
+    node.publish()
+    process = start_serving(node, "--drain-s", "20", engine_flags=("--max-num-seqs", "1"))
+    yield node, process
+    if process.poll() is None:
+        stop_group(process)
+
+
+def test_sigterm_lets_the_running_finish_and_gives_the_queue_back(
+    own_node: tuple[RunningNode, subprocess.Popen[bytes]],
+) -> None:
+    node, process = own_node
+    seat = node.new_seat()
+    members = family(process.pid)
+    assert len(members) >= 2
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        running = pool.submit(CALLS[2].post, node.url, seat.key, max_tokens=2000)
+        wait_for(lambda: node.seat_stats(seat)["in_flight"] == 1)
+        queued = pool.submit(CALLS[2].post, node.url, seat.key)
+        wait_for(lambda: node.seat_stats(seat)["queued"] == 1)
+        process.terminate()
+        assert_refused(CALLS[2], queued.result(), 503, "draining", "")
+        assert int(queued.result().headers["retry-after"]) >= 1
+        assert httpx.get(f"{node.stats_url}/readyz").status_code == 503
+        assert running.result().json()["usage"]["completion_tokens"] == 2000
+    assert process.wait(15) == 0
+    assert gone(members)
+
+
+def test_killed_serving_takes_its_engine_along(
+    own_node: tuple[RunningNode, subprocess.Popen[bytes]],
+) -> None:
+    _, process = own_node
+    members = family(process.pid)
+    process.kill()
+    process.wait(5)
+    wait_for(lambda: gone(members), 5)
+
+
+def test_killed_engine_ends_serving(own_node: tuple[RunningNode, subprocess.Popen[bytes]]) -> None:
+    _, process = own_node
+    members = family(process.pid)
+    [engine] = [member for member in members if "EngineCore" in " ".join(member.cmdline())]
+    engine.kill()
+    wait_for(lambda: process.poll() is not None, 20)
+    wait_for(lambda: gone(members), 5)
+
+
+def test_taken_port_is_told_before_the_model_loads(tmp_path: Path, demo_model: Path) -> None:
+    node = RunningNode(tmp_path, free_port(), free_port(), demo_model)
+    node.publish()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", node.port))
+        taken.listen()
+        ended = run_serving(node)
+    assert ended.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{node.port}" in ended.stderr
+
+
+def test_bad_entitlements_at_start_are_told_with_their_place(tmp_path: Path, demo_model: Path) -> None:
+    node = RunningNode(tmp_path, free_port(), free_port(), demo_model)
+    node.entitlements.write_text('{"version": 1}')
+    ended = run_serving(node)
+    assert ended.returncode == 1
+    assert "pledges: Field required" in ended.stderr
+
+
+def run_serving(node: RunningNode) -> subprocess.CompletedProcess[str]:
+    command = [
+        *(sys.executable, "-m", "serving.main", "--model", str(node.model_path)),
+        *("--entitlements", str(node.entitlements), "--port", str(node.port)),
+    ]
+    environment = {**CPU_ENVIRONMENT, **os.environ}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_boosts_run_starts_a_demo_and_leaves_nothing(tmp_path: Path) -> None:
+    ports = {"BOOSTS_INFERENCE_PORT": str(free_port()), "BOOSTS_STATS_PORT": str(free_port())}
+    environment = {**os.environ, "BOOSTS_HOME": str(tmp_path), **ports}
+    command = [sys.executable, "-m", "boosts", "run"]
+    stack = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, process_group=0)
+    try:
+        wait_for(lambda: (tmp_path / "demo.json").exists() or stack.poll() is not None, 240)
+        demo = json.loads((tmp_path / "demo.json").read_text())
+        assert set(demo) >= {"inference_url", "boost_key", "model", "model_path"}
+        answer = CALLS[0].post(demo["inference_url"], demo["boost_key"])
+        assert answer.status_code == 200, answer.text
+        second = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert second.returncode == 1
+        assert "another `boosts run`" in second.stderr
+        members = family(stack.pid)
+        assert len(members) >= 3
+        began = time.monotonic()
+        stack.send_signal(signal.SIGINT)
+        output, _ = stack.communicate(timeout=15)
+        assert time.monotonic() - began < 10
+        assert stack.returncode == 0
+        assert gone(members)
+        assert f"curl {demo['inference_url']}/v1/chat/completions" in output
+    finally:
+        stop_group(stack)
