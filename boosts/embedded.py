@@ -117,7 +117,7 @@ def _run_node(settings: DemoSettings) -> int:
             "boost_keys": keys,
             "stats_url": f"http://{_HOST}:{settings.stats_port}",
         }
-        _replace(settings.home / "demo.json", json.dumps(demo, indent=2) + "\n")
+        _replace(settings.home / "demo.json", json.dumps(demo, indent=2) + "\n", mode=0o600)
         print(_welcome(url, keys["demo"], model, settings.home), flush=True)
         status = node.wait()
         raise StackError(f"the node ended by itself (status {status}):\n{_last_lines(log)}")

@@ -24,12 +24,12 @@ from pydantic import (
 from contract.blocks import Block, DaySpan, format_clock, parse_clock
 from contract.errors import ContractError
 
-VERSION = 1
 MAX_PLEDGES = 10_000
+MAX_LIMIT = 10**12
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _clock(value: object) -> object:
@@ -80,9 +80,9 @@ class PledgeEntitlement(_Strict):
     key_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     status: PledgeStatus
     quantity: Annotated[int, Field(ge=1, le=20)]
-    rpm_limit: Annotated[int, Field(ge=1)]
+    rpm_limit: Annotated[int, Field(ge=1, le=MAX_LIMIT)]
     """Requests per minute over the whole quantity."""
-    tpm_limit: Annotated[int, Field(ge=1)]
+    tpm_limit: Annotated[int, Field(ge=1, le=MAX_LIMIT)]
     """Tokens per minute, input and output, over the whole quantity."""
     blocks: Annotated[tuple[BlockTime, ...], Field(min_length=1, max_length=len(Block))]
     valid_until: AwareDatetime

@@ -16,8 +16,9 @@ class ContractError(ValueError):
         faults = []
         for fault in error.errors(include_url=False, include_context=False)[:_SHOWN]:
             path = ".".join(str(part) for part in fault["loc"]) or "document"
-            got = repr(fault["input"])
-            faults.append(f"{path}: {fault['msg']} (got {got[:80]})")
+            # Somebody may have pasted the key where its hash belongs; a log is no place for it.
+            got = "not shown" if "key" in path else repr(fault["input"])[:80]
+            faults.append(f"{path}: {fault['msg']} (got {got})")
         left_out = error.error_count() - len(faults)
         if left_out > 0:
             faults.append(f"and {left_out} more")

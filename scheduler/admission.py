@@ -172,12 +172,19 @@ class Admission:
         reserves = self._reserves(seat, asks)
         return [self._enqueue(seat, ask, reserve, now) for ask, reserve in zip(asks, reserves, strict=True)]
 
-    def charge_request(self, seat_id: str, now: float) -> Refusal | None:
-        """Debit one request that never enters the engine (token counting)."""
+    def foresee(self, seat_id: str, now: float) -> Refusal | None:
+        """The refusal that any request of the seat would get now, before its size is known."""
         seat = self._seats[seat_id]
         refusal = self._closed_refusal(seat) or self._request_limit_refusal(seat, 1, now)
+        if refusal is not None:
+            seat.outcomes[Outcome.REJECTED] += 1
+        return refusal
+
+    def charge_request(self, seat_id: str, now: float) -> Refusal | None:
+        """Debit one request that never enters the engine (token counting)."""
+        refusal = self.foresee(seat_id, now)
         if refusal is None:
-            seat.requests.take(1, now)
+            self._seats[seat_id].requests.take(1, now)
         return refusal
 
     def dispatch(self, now: float) -> list[Ticket]:
@@ -244,9 +251,12 @@ class Admission:
         """The engine found `cached_tokens` of the prompt in its prefix cache: they cost nothing."""
         if cached_tokens <= ticket.cached_tokens or ticket.ended:
             return
-        refund = (cached_tokens - ticket.cached_tokens) * self.policy.input_weight
+        saved = cached_tokens - ticket.cached_tokens
         ticket.cached_tokens = cached_tokens
-        self._charge(ticket, -refund)
+        # Shared blocks are held once, by whoever came first.
+        ticket.kv_tokens -= saved
+        self._kv_in_use -= saved
+        self._charge(ticket, -saved * self.policy.input_weight)
         self._refresh(ticket.seat)
 
     # --- readings ----------------------------------------------------------------------------------
@@ -316,7 +326,8 @@ class Admission:
         count = sum(ask.count for ask in asks)
         sizes = (
             (Reason.TOO_WIDE, max(ask.count for ask in asks), self._borrowed_slots()),
-            (Reason.TOO_MANY, count, min(seat.terms.rpm_limit, self._queue_bound(seat))),
+            (Reason.TOO_MANY, count, seat.terms.rpm_limit),
+            (Reason.OVER_QUEUE, count, self._queue_bound(seat)),
             (Reason.TOO_LARGE, sum(a.input_tokens + a.count for a in asks), seat.terms.tpm_limit),
         )
         for reason, requested, limit in sizes:
@@ -423,9 +434,11 @@ class Admission:
         ticket.apply(Event.DISPATCH)
         ticket.dispatched_at = now
         ticket.expected_output = self._expected_output(seat, ticket)
-        self._kv_in_use += ticket.input_tokens + ticket.expected_output
-        ticket.lifts = seat.lifts
-        self._charge(ticket, ticket.input_tokens * policy.input_weight)
+        ticket.kv_tokens = ticket.input_tokens + ticket.expected_output
+        self._kv_in_use += ticket.kv_tokens
+        ticket.lifts, ticket.weight = seat.lifts, seat.terms.weight
+        prefills = 1 if policy.prefix_caching else ticket.count
+        self._charge(ticket, ticket.input_tokens * prefills * policy.input_weight)
         self._charge_output(ticket, ticket.expected_output)
         seat.outcomes[Outcome.DISPATCHED] += ticket.count
         seat.input_tokens += ticket.input_tokens
@@ -448,14 +461,14 @@ class Admission:
         """Move the seat's virtual time by `cost`, which is negative for a refund."""
         seat = ticket.seat
         if cost >= 0:
-            seat.tag += cost / seat.terms.weight
+            seat.tag += cost / ticket.weight
         elif ticket.lifts == seat.lifts:
-            seat.tag = max(seat.joined_at, seat.tag + cost / seat.terms.weight)
+            seat.tag = max(seat.joined_at, seat.tag + cost / ticket.weight)
         # Else the seat was lifted since: the charge is forgiven, and a refund would be credit for idling.
 
     def _finish(self, ticket: Ticket, now: float) -> None:
         seat = ticket.seat
-        self._kv_in_use -= ticket.input_tokens + ticket.expected_output
+        self._kv_in_use -= ticket.kv_tokens
         self._charge_output(ticket, ticket.produced)
         seat.cached_tokens += ticket.cached_tokens
         used = ticket.input_tokens + ticket.produced

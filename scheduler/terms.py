@@ -37,6 +37,8 @@ class Policy:
     """Expected output of a seat that has not finished a request yet."""
     output_mean_smoothing: float = 0.1
     """Weight of the newest finished request in a seat's running mean of output tokens."""
+    prefix_caching: bool = True
+    """Whether the engine computes a prompt once for all its `n` sequences, or once for each."""
     borrowed_kv_share: float = 0.9
     """Share of the KV cache that borrowed work may fill; the rest is kept for owed seats."""
     max_reserve_share: float = 0.5

@@ -60,7 +60,9 @@ class Reason(enum.Enum):
     TOO_LARGE = "too_large"
     """More tokens than the token limit holds."""
     TOO_MANY = "too_many"
-    """More prompts times `n` than the request limit or the queue holds."""
+    """More prompts times `n` than the request limit holds."""
+    OVER_QUEUE = "over_queue"
+    """More prompts times `n` than the queue holds."""
     TOO_WIDE = "too_wide"
     """A larger `n` than the engine can always run together."""
     QUEUE_FULL = "queue_full"
@@ -97,6 +99,7 @@ class Ticket:
         "expires_at",
         "first_token_at",
         "input_tokens",
+        "kv_tokens",
         "lifts",
         "max_tokens",
         "number",
@@ -106,6 +109,7 @@ class Ticket:
         "seat",
         "state",
         "submitted_at",
+        "weight",
     )
 
     def __init__(
@@ -141,6 +145,10 @@ class Ticket:
         self.lifts = 0
         """The seat's `lifts` at dispatch: a refund counts only until the next one."""
         self.cached_tokens = 0
+        self.kv_tokens = 0
+        """KV cache set aside for it while it runs."""
+        self.weight = 1.0
+        """The seat's weight at dispatch: what was charged at it is refunded at it."""
         self.produced = 0
         """Output tokens the engine has made, over all sequences."""
         self.reserved_tokens = 0

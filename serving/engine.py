@@ -57,6 +57,9 @@ class SeatLLM(AsyncLLM):
         # Not one of vLLM's many keyword parameters by name: those that may pass are listed once, above.
         verdict = current_verdict.get()
         options = {name: options[name] for name in _ENGINE_OPTIONS if name in options}
+        # A prefix cache of its own for each pledge: hits, which the answer's usage and its speed tell of,
+        # must not show what other customers ask (CVE-2025-46570).
+        prompt["cache_salt"] = verdict.pledge.pledge_id
         try:
             async with (
                 self.node.enter(verdict, _ask(prompt, sampling_params)) as ticket,

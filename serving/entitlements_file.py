@@ -67,7 +67,8 @@ class EntitlementsFile:
             status = self.path.stat()
         except FileNotFoundError:
             return (0, 0, 0)
-        return (status.st_mtime_ns, status.st_size, status.st_ino)
+        # The change time too: a file that was unreadable is tried again after its mode was mended.
+        return (status.st_ctime_ns, status.st_size, status.st_ino)
 
     def _read(self) -> Entitlements:
         with self.path.open("rb") as file:

@@ -51,8 +51,8 @@ class Provider(Protocol):
 
     def error_body(self, error: ApiError, request_id: str) -> bytes: ...
 
-    def stream_error(self, error: ApiError, request_id: str) -> bytes:
-        """The error as the last event of a stream that has begun."""
+    def stream_error(self, error: ApiError, request_id: str, sent: bytes) -> bytes:
+        """The error as the last event of a stream of which `sent` has gone out."""
         ...
 
     def keep_alive(self) -> bytes:
@@ -76,7 +76,7 @@ class OpenAI:
     def error_body(self, error: ApiError, request_id: str) -> bytes:
         return _json({"error": self._fields(error)})
 
-    def stream_error(self, error: ApiError, request_id: str) -> bytes:
+    def stream_error(self, error: ApiError, request_id: str, sent: bytes) -> bytes:
         return b"data: " + self.error_body(error, request_id) + b"\n\ndata: [DONE]\n\n"
 
     def keep_alive(self) -> bytes:
@@ -101,8 +101,8 @@ class OpenAI:
 class OpenAIResponses(OpenAI):
     """`/v1/responses`: the same envelope, but streams are typed events."""
 
-    def stream_error(self, error: ApiError, request_id: str) -> bytes:
-        event = {"type": "error", "sequence_number": 0} | {
+    def stream_error(self, error: ApiError, request_id: str, sent: bytes) -> bytes:
+        event = {"type": "error", "sequence_number": sent.count(b"event: response.")} | {
             name: value for name, value in self._fields(error).items() if name != "type"
         }
         return b"event: error\ndata: " + _json(event) + b"\n\n"
@@ -134,7 +134,7 @@ class Anthropic:
         detail = {"type": kind, "message": error.message}
         return _json({"type": "error", "error": detail, "request_id": request_id})
 
-    def stream_error(self, error: ApiError, request_id: str) -> bytes:
+    def stream_error(self, error: ApiError, request_id: str, sent: bytes) -> bytes:
         return b"event: error\ndata: " + self.error_body(error, request_id) + b"\n\n"
 
     def keep_alive(self) -> bytes:
@@ -184,4 +184,4 @@ def _engine_error(status: int, detail: object) -> ApiError:
 
 
 def _json(value: object) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return json.dumps(value, separators=(",", ":")).encode()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from typing import Any, TypeVar
@@ -18,9 +19,10 @@ from typing import Any, TypeVar
 from contract.entitlements import PledgeEntitlement, PoolStatus
 from scheduler import Refusal
 from serving.envelopes import ApiError, Headers, Provider
+from serving.metrics import REFUSALS
 from serving.node import Node, Verdict, current_verdict
 from serving.refusals import api_error, bad_key, pool_not_live
-from serving.requests import MAX_BODY_BYTES, Kind, Route, clean_body, count_prompts, parse_route, provider_of
+from serving.requests import Kind, Route, clean_body, count_prompts, parse_route, provider_of
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -28,6 +30,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 T = TypeVar("T")
 App = Callable[[Scope, Receive, Send], Coroutine[Any, Any, None]]
+
+log = logging.getLogger("boosts.gateway")
 
 HOLD_S = 5.0
 """A stream's headers are held back this long while its request is queued, then keep-alives flow."""
@@ -80,6 +84,8 @@ class Exchange:
         self.request_id = f"req_{secrets.token_hex(12)}"
         self.provider: Provider = provider_of(scope["path"])
         self.pledge: PledgeEntitlement | None = None
+        self.started = False
+        """Whether the answer's start has been sent."""
 
     async def run(self) -> None:
         try:
@@ -88,6 +94,11 @@ class Exchange:
             await self._send_error(answered.error)
         except _ClientLeftError:
             pass
+        except Exception:
+            log.exception("%s %s failed", self.request_id, self.scope["path"])
+            if self.started:
+                raise
+            await self._send_error(_internal_error())
 
     async def _answer(self) -> None:
         route = _or_raise(parse_route(self.scope["method"], self.scope["path"]))
@@ -96,13 +107,22 @@ class Exchange:
         if route.kind is Kind.FREE:
             await self._forward(route, b"")
             return
+        # Before a byte is read: a key that is over its limit, or has more open than could ever run and
+        # queue, costs its neighbours no parsing.
+        self._raise_refusal(self.node.foresee(self.pledge))
+        with self.node.exchange_open(self.pledge) as refusal:
+            self._raise_refusal(refusal)
+            content, prompts = await self._read_request()
+            if route.kind is Kind.COUNTED:
+                self._raise_refusal(self.node.charge_request(self.pledge))
+                await self._forward(route, content)
+            else:
+                await self._generate(route, content, Verdict(self.pledge, prompts))
+
+    async def _read_request(self) -> tuple[bytes, int]:
+        """The body as the engine may see it, and how many prompts it holds."""
         body = _or_raise(clean_body(_parse_json(await self._read_body())))
-        content = json.dumps(body).encode()
-        if route.kind is Kind.COUNTED:
-            self._raise_refusal(self.node.charge_request(self.pledge))
-            await self._forward(route, content)
-        else:
-            await self._generate(route, content, Verdict(self.pledge, prompts=count_prompts(body)))
+        return json.dumps(body).encode(), count_prompts(body)
 
     def _authenticate(self) -> PledgeEntitlement:
         """The pledge behind the key, if it may be used now."""
@@ -125,6 +145,7 @@ class Exchange:
     def _refusal_error(self, refusal: Refusal) -> ApiError:
         assert self.pledge is not None
         assert self.node.keyring is not None
+        REFUSALS.labels(refusal.reason.value).inc()
         pool = self.node.keyring.entitlements.pool.slug
         return api_error(refusal, self.pledge, pool, self.node.wall_clock())
 
@@ -141,8 +162,8 @@ class Exchange:
                         raise _ClientLeftError
                     chunks.append(message.get("body", b""))
                     size += len(chunks[-1])
-                    if size > MAX_BODY_BYTES:
-                        raise _AnsweredError(_body_too_large())
+                    if size > self.node.max_body_bytes:
+                        raise _AnsweredError(_body_too_large(self.node.max_body_bytes))
                     if not message.get("more_body", False):
                         return b"".join(chunks)
         except TimeoutError:
@@ -162,26 +183,27 @@ class Exchange:
         )
         refused = asyncio.create_task(verdict.refused.wait())
         try:
-            keep_alive_s = HOLD_S
+            silence_s = HOLD_S
             while not (engine.done() or refused.done()):
                 await asyncio.wait(
-                    {engine, refused}, timeout=keep_alive_s, return_when=asyncio.FIRST_COMPLETED
+                    {engine, refused},
+                    timeout=None if response.flowing else silence_s,
+                    return_when=asyncio.FIRST_COMPLETED,
                 )
-                if verdict.dispatched:
-                    await asyncio.wait({engine, refused}, return_when=asyncio.FIRST_COMPLETED)
-                elif not (engine.done() or refused.done()):
+                if not (engine.done() or refused.done() or response.flowing):
                     await response.keep_alive()
-                    keep_alive_s = KEEP_ALIVE_S
+                    silence_s = KEEP_ALIVE_S
         finally:
             refused.cancel()
             engine.cancel()
             [failure] = await asyncio.gather(engine, return_exceptions=True)
         if verdict.refusal is not None:
             await response.refuse(self._refusal_error(verdict.refusal))
+        elif isinstance(failure, Exception):
+            log.error("%s: the engine failed", self.request_id, exc_info=failure)
+            await response.refuse(_internal_error())
         else:
             await response.finish()
-            if isinstance(failure, Exception):
-                raise failure
 
     def _engine_scope(self, route: Route, content: bytes) -> Scope:
         headers = [(name, value) for name, value in self.scope["headers"] if name in _FORWARDED_HEADERS]
@@ -219,6 +241,7 @@ class Exchange:
             *error.headers(),
             *self.own_headers(),
         ]
+        self.started = True
         await self.send({"type": "http.response.start", "status": error.status, "headers": headers})
         await self.send({"type": "http.response.body", "body": body, "more_body": False})
 
@@ -245,14 +268,15 @@ class HeldResponse:
         self._verdict = verdict
         self._start: Message | None = None
         self._held: list[bytes] = []
-        self._sent_start = False
-        self._flowing = False
+        self._sent = b""
+        """What has gone out before the response flowed."""
+        self.flowing = False
         """Nothing is held and nothing will be: every message goes straight through."""
         self._ended = False
 
     def take(self, message: Message) -> Awaitable[None]:
         """vLLM's `send`. Called for every token of a stream, so a flowing one costs no coroutine here."""
-        if self._flowing and (self._verdict is None or self._verdict.refusal is None):
+        if self.flowing and (self._verdict is None or self._verdict.refusal is None):
             self._ended = not message.get("more_body", False)
             return self._send(message)
         return self._consider(message)
@@ -270,7 +294,7 @@ class HeldResponse:
             self._held.append(message.get("body", b""))
         else:
             await self._release()
-            self._flowing = True
+            self.flowing = True
             await self._body(message.get("body", b""), more=message.get("more_body", False))
 
     async def keep_alive(self) -> None:
@@ -281,19 +305,17 @@ class HeldResponse:
 
     async def refuse(self, error: ApiError) -> None:
         """Answer with the refusal: as the whole response, or as the last event of a begun stream."""
-        if not self._sent_start:
+        exchange = self._exchange
+        if not exchange.started:
             raise _AnsweredError(error)
         if not self._ended:
-            await self._body(
-                self._exchange.provider.stream_error(error, self._exchange.request_id), more=False
-            )
+            event = exchange.provider.stream_error(error, exchange.request_id, self._sent)
+            await self._body(event, more=False)
 
     async def finish(self) -> None:
         """vLLM has said everything: send what is still held."""
         if self._start is None:
-            raise _AnsweredError(
-                ApiError(500, "engine_error", "The engine gave no answer.", type="server_error")
-            )
+            raise _AnsweredError(_internal_error())
         if self._ended:
             return
         if self._is_error():
@@ -310,13 +332,14 @@ class HeldResponse:
         return any(kind.startswith(b"text/event-stream") for kind in kinds)
 
     async def _release(self) -> None:
-        if not self._sent_start:
+        if not self._exchange.started:
             assert self._start is not None
-            self._sent_start = True
+            self._exchange.started = True
             headers = [*self._start["headers"], *self._exchange.own_headers()]
             await self._send({**self._start, "headers": headers})
         if self._held:
             held, self._held = b"".join(self._held), []
+            self._sent += held
             await self._body(held, more=True)
 
     async def _body(self, content: bytes, *, more: bool) -> None:
@@ -355,8 +378,12 @@ def _parse_json(content: bytes) -> object:
         ) from None
 
 
-def _body_too_large() -> ApiError:
-    return ApiError(413, "request_too_large", f"The request body exceeds {MAX_BODY_BYTES // 2**20} MiB.")
+def _internal_error() -> ApiError:
+    return ApiError(500, "engine_error", "The engine could not answer this request.", type="server_error")
+
+
+def _body_too_large(limit: int) -> ApiError:
+    return ApiError(413, "request_too_large", f"The request body exceeds {limit // 2**20} MiB.")
 
 
 def _body_too_slow() -> ApiError:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contract.blocks import is_open, next_opening
-from contract.entitlements import Entitlements, PledgeEntitlement, PledgeStatus, PoolStatus
+from contract.blocks import is_open
+from contract.entitlements import Entitlements, PledgeEntitlement, PledgeStatus
 from contract.keys import is_boost_key, key_sha256
 from scheduler import Reason, SeatTerms
 
@@ -15,11 +15,6 @@ class Keyring:
         self.entitlements = entitlements
         self.pledges = {pledge.pledge_id: pledge for pledge in entitlements.pledges}
         self._by_hash = {pledge.key_sha256: pledge for pledge in entitlements.pledges}
-
-    @property
-    def live(self) -> bool:
-        """Whether the pool sells inference at the moment."""
-        return self.entitlements.pool.status is PoolStatus.ACTIVE
 
     def find(self, key: str) -> PledgeEntitlement | None:
         """The pledge that `key` opens; None for a mistyped or unknown key."""
@@ -44,8 +39,3 @@ class Keyring:
         if pledge.status is PledgeStatus.PAST_DUE or now >= pledge.valid_until.timestamp():
             return Reason.SUSPENDED
         return None if is_open(pledge.spans, now) else Reason.OUTSIDE_BLOCK
-
-    @staticmethod
-    def next_opening(pledge: PledgeEntitlement, now: float) -> float:
-        """When the pledge's next block starts, in seconds since the epoch."""
-        return next_opening(pledge.spans, now)

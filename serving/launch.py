@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 from argparse import Namespace
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from prometheus_client import REGISTRY
@@ -30,10 +31,15 @@ from scheduler import Policy
 from serving.engine import VLLM_VERSIONS, SeatLLM
 from serving.entitlements_file import EntitlementsFile
 from serving.metrics import NodeCollector
-from serving.node import Node
+from serving.node import MIN_BODY_BYTES, Node
 from serving.stats import StatsServer
 
 log = logging.getLogger("boosts.serving")
+
+BODY_BYTES_PER_TOKEN = 16
+"""JSON of a prompt that fills the context, with room to spare; the rest of a larger body cannot run."""
+CLOSE_S = 2
+"""After the engine has stopped, connections whose clients do not read are cut after this long."""
 
 
 class LaunchError(Exception):
@@ -68,8 +74,11 @@ def serve(options: ServeOptions) -> None:
         file.load()
     except (ContractError, OSError) as error:
         raise LaunchError(f"{options.entitlements}: {error}") from None
+    # Keys are ours to check; vLLM would ask for this one behind us and never get it.
+    os.environ.pop("VLLM_API_KEY", None)
     cli_env_setup()
     args = _engine_args(options)
+    stats_listener = _listen(options.stats_host, options.stats_port)
     try:
         listen_address, listener = setup_server(args, reuse_port=False)
     except OSError as error:
@@ -77,7 +86,14 @@ def serve(options: ServeOptions) -> None:
     import uvloop
 
     with contextlib.suppress(KeyboardInterrupt):
-        uvloop.run(_run(options, args, file, listen_address, listener))
+        uvloop.run(_run(options, args, file, stats_listener, (listen_address, listener)))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port))
+    except OSError as error:
+        raise LaunchError(f"cannot listen on {host}:{port} (stats): {error.strerror}") from None
 
 
 def _engine_args(options: ServeOptions) -> Namespace:
@@ -96,32 +112,39 @@ async def _run(
     options: ServeOptions,
     args: Namespace,
     file: EntitlementsFile,
-    listen_address: str,
-    listener: socket.socket,
+    stats_listener: socket.socket,
+    public: tuple[str, socket.socket],
 ) -> None:
+    listen_address, listener = public
     # Until uvicorn takes the signals over, SIGTERM must interrupt the loading of the model.
     signal.signal(signal.SIGTERM, _interrupt)
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
-    engine = SeatLLM.from_vllm_config(config, usage_context=UsageContext.OPENAI_API_SERVER)
+    engine = SeatLLM.from_vllm_config(
+        config,
+        usage_context=UsageContext.OPENAI_API_SERVER,
+        enable_log_requests=args.enable_log_requests,
+        disable_log_stats=args.disable_log_stats,
+        aggregate_engine_logging=args.aggregate_engine_logging,
+    )
     assert isinstance(engine, SeatLLM)
     try:
         await engine.reset_mm_cache()
-        node = engine.node = Node(engine.capacity(), options.policy)
+        policy = replace(options.policy, prefix_caching=bool(config.cache_config.enable_prefix_caching))
+        body_bytes = max(MIN_BODY_BYTES, BODY_BYTES_PER_TOKEN * config.model_config.max_model_len)
+        node = engine.node = Node(engine.capacity(), policy, max_body_bytes=body_bytes)
         assert file.current is not None
         node.apply(file.current)
         REGISTRY.register(NodeCollector(node))
         stats = StatsServer(node, lambda: not engine.errored)
-        try:
-            await stats.start(options.stats_host, options.stats_port)
-        except OSError as error:
-            where = f"{options.stats_host}:{options.stats_port}"
-            raise LaunchError(f"cannot listen on {where} (stats): {error.strerror}") from None
+        await stats.start(stats_listener)
         async with asyncio.TaskGroup() as background:
             followers = [
                 background.create_task(node.run()),
                 background.create_task(file.follow(node.apply)),
             ]
-            shutdown = await build_and_serve(engine, listen_address, listener, args)
+            shutdown = await build_and_serve(
+                engine, listen_address, listener, args, timeout_graceful_shutdown=CLOSE_S
+            )
             for follower in followers:
                 follower.cancel()
         await stats.stop()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from prometheus_client import Histogram
+from prometheus_client import Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -22,6 +22,7 @@ QUEUE_WAIT_SECONDS = Histogram(
 FIRST_TOKEN_SECONDS = Histogram(
     "boosts_first_token_seconds", "From arrival at admission to the engine's first token", buckets=_WAITS_S
 )
+REFUSALS = Counter("boosts_refusals", "Requests answered with a refusal, by reason", ["reason"])
 DECISION_SECONDS = Histogram(
     "boosts_decision_seconds",
     "One decision of the admission scheduler",

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -21,6 +22,9 @@ from scheduler.admission import LimitReading
 from serving.keyring import Keyring
 from serving.metrics import DECISION_SECONDS, FIRST_TOKEN_SECONDS, QUEUE_WAIT_SECONDS
 
+MIN_BODY_BYTES = 2**20
+KEPT_REVOKED_SEATS = 1000
+"""Seats without a pledge that are remembered with their counters and limits, should the pledge come back."""
 TICK_S = 0.1
 """How late a queue timeout or a block's border may be noticed."""
 
@@ -72,7 +76,7 @@ class StepOutput(NamedTuple):
     request_id: str
     new_tokens: int
     cached_tokens: int
-    """Of the prompt, found in the prefix cache; 0 but in the request's first output."""
+    """Of the prompt, found in the prefix cache by this sequence."""
 
 
 def engine_request_id(ticket: Ticket) -> str:
@@ -92,17 +96,20 @@ class Node:
         capacity: Capacity,
         policy: Policy | None = None,
         *,
+        max_body_bytes: int = MIN_BODY_BYTES,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.admission = Admission(capacity, policy)
         self.keyring: Keyring | None = None
+        self.max_body_bytes = max_body_bytes
         self.clock = clock
         self.loop = asyncio.get_running_loop()
         self.wall_clock = wall_clock
         self._waiting: dict[int, tuple[Verdict, Place]] = {}
         self._running: dict[str, Ticket] = {}
         self._standings: dict[str, Reason | None] = {}
+        self._open_exchanges: Counter[str] = Counter()
         self._checked_at = 0.0
         self._next_border = 0.0
 
@@ -154,9 +161,10 @@ class Node:
             until = pledge.valid_until.timestamp()
             borders = [next_border(pledge.spans, wall_now), *([until] if until > wall_now else [])]
             self._next_border = min(self._next_border, *borders)
-        for seat_id in known - keyring.pledges.keys():
+        revoked = known - keyring.pledges.keys()
+        for seat_id in revoked:
             self._tell_evicted(self.admission.close_seat(seat_id, Reason.REVOKED, now))
-            if self.admission.forget_seat(seat_id):
+            if len(revoked) > KEPT_REVOKED_SEATS and self.admission.forget_seat(seat_id):
                 del self._standings[seat_id]
         self.pump()
 
@@ -190,6 +198,8 @@ class Node:
         """
         place = Place(ask, asyncio.get_running_loop().create_future())
         verdict.places.append(place)
+        if len(verdict.places) > verdict.prompts:
+            raise RuntimeError(f"a request of {verdict.prompts} prompts reached the engine with more")
         try:
             if len(verdict.places) == verdict.prompts:
                 self._submit(verdict)
@@ -202,8 +212,27 @@ class Node:
                 self._release(place.ticket)
                 self.pump()
 
+    def foresee(self, pledge: PledgeEntitlement) -> Refusal | None:
+        """The refusal that is certain before the request has been read."""
+        return self.admission.foresee(pledge.pledge_id, self.clock())
+
+    @contextlib.contextmanager
+    def exchange_open(self, pledge: PledgeEntitlement) -> Iterator[Refusal | None]:
+        """Count an open HTTP exchange; gives the refusal if the pledge has more than could run and queue."""
+        bound = self.admission.policy.max_queued_per_seat * pledge.quantity + self.admission.capacity.slots
+        open_now = self._open_exchanges[pledge.pledge_id]
+        self._open_exchanges[pledge.pledge_id] += 1
+        try:
+            yield Refusal(Reason.QUEUE_FULL, 1.0, bound, open_now, 1) if open_now >= bound else None
+        finally:
+            self._open_exchanges[pledge.pledge_id] -= 1
+            if not self._open_exchanges[pledge.pledge_id]:
+                del self._open_exchanges[pledge.pledge_id]
+
     def charge_request(self, pledge: PledgeEntitlement) -> Refusal | None:
         """Count a request that never enters the engine against the request limit."""
+        if not self.admission.knows(pledge.pledge_id):
+            return Refusal(Reason.REVOKED)
         return self.admission.charge_request(pledge.pledge_id, self.clock())
 
     def pump(self) -> None:
@@ -226,22 +255,25 @@ class Node:
         """Account one engine step, and fill the slots of the requests that `finished` in it."""
         now = self.clock()
         produced: list[tuple[Ticket, int]] = []
+        started: dict[Ticket, int] = {}
         for request_id, new_tokens, cached_tokens in outputs:
             ticket = self._running.get(request_id)
-            if ticket is None:
+            if ticket is None or not new_tokens:
                 continue
-            if cached_tokens:
-                self.admission.record_prefix_hit(ticket, cached_tokens)
-            if new_tokens:
-                produced.append((ticket, new_tokens))
-        for ticket in {ticket for ticket, _ in produced if ticket.first_token_at is None}:
+            produced.append((ticket, new_tokens))
+            if ticket.first_token_at is None:
+                # Sequences of one prompt find each other's blocks, which saves nothing over the one
+                # prefill that was charged: the first to come, with the fewest hits, tells the truth.
+                started[ticket] = min(started.get(ticket, cached_tokens), cached_tokens)
+        for ticket, cached_tokens in started.items():
             FIRST_TOKEN_SECONDS.observe(now - ticket.submitted_at)
+            self.admission.record_prefix_hit(ticket, cached_tokens)
         self.admission.record_step(produced, now)
-        if finished:
-            for request_id in finished:
-                ticket = self._running.get(request_id)
-                if ticket is not None:
-                    self._release(ticket)
+        for request_id in finished:
+            ticket = self._running.get(request_id)
+            if ticket is not None:
+                self._release(ticket)
+        if finished or started:
             self.pump()
 
     def _submit(self, verdict: Verdict) -> None:

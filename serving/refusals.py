@@ -83,6 +83,13 @@ def _too_wide(refusal: Refusal, pool: str) -> ApiError:
     return ApiError(400, None, message, param="n")
 
 
+def _over_queue(refusal: Refusal, pool: str) -> ApiError:
+    message = (
+        f"Prompts times `n` is {refusal.requested}; at most {refusal.limit} requests of this key may wait."
+    )
+    return ApiError(400, None, message, param="prompt")
+
+
 def _suspended(refusal: Refusal, pool: str) -> ApiError:
     return ApiError(
         402,
@@ -143,6 +150,7 @@ _BUILDERS = {
     Reason.TOO_LARGE: _too_large,
     Reason.TOO_MANY: _too_large,
     Reason.TOO_WIDE: _too_wide,
+    Reason.OVER_QUEUE: _over_queue,
     Reason.SUSPENDED: _suspended,
     Reason.REVOKED: _revoked,
     Reason.QUEUE_FULL: _queue_full,

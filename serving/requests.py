@@ -13,7 +13,6 @@ from typing import Any
 
 from serving.envelopes import Anthropic, ApiError, OpenAI, OpenAIResponses, Provider
 
-MAX_BODY_BYTES = 16 * 1024 * 1024
 MAX_PROMPTS = 256
 
 
@@ -110,26 +109,43 @@ def clean_body(body: object) -> dict[str, Any] | ApiError:
     if not isinstance(body, dict):
         return ApiError(400, None, "The request body must be a JSON object.")
     for field, advice in REFUSED_FIELDS.items():
-        if body.get(field) not in (None, False):
+        value = body.get(field)
+        if not (value is None or value is False):
             return ApiError(
                 400, "unsupported_parameter", f"`{field}` is not supported: {advice}.", param=field
             )
-    refusal = _refuse_server_tools(body.get("tools")) or _refuse_many_prompts(body)
+    refusal = (
+        _refuse_server_tools(body.get("tools"))
+        or _refuse_prompts(body.get("prompt"))
+        or _refuse_echoed_logprobs(body)
+    )
     if refusal is not None:
         return refusal
     return {name: value for name, value in body.items() if name not in DROPPED_FIELDS}
 
 
 def count_prompts(body: Mapping[str, Any]) -> int:
-    """How many prompts a body holds: `prompt` may be a string, token ids, or a list of either."""
+    """How many prompts a clean body holds: `prompt` may be a string, token ids, or a list of either."""
     prompt = body.get("prompt")
     if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
         return len(prompt)
     return 1
 
 
-def _refuse_many_prompts(body: Mapping[str, Any]) -> ApiError | None:
-    prompts = count_prompts(body)
+def _refuse_prompts(prompt: object) -> ApiError | None:
+    """A list has to be all strings, all token ids, or all lists of token ids: what vLLM would make of
+    anything else is not what would be counted."""
+    if not isinstance(prompt, list):
+        return None
+    if not (
+        all(isinstance(part, str) for part in prompt)
+        or _are_token_ids(prompt)
+        or all(isinstance(part, list) and part and _are_token_ids(part) for part in prompt)
+    ):
+        return ApiError(
+            400, None, "`prompt` must be a string, token ids, or a list of one of these.", param="prompt"
+        )
+    prompts = count_prompts({"prompt": prompt})
     if prompts <= MAX_PROMPTS:
         return None
     return ApiError(
@@ -137,11 +153,27 @@ def _refuse_many_prompts(body: Mapping[str, Any]) -> ApiError | None:
     )
 
 
+def _are_token_ids(parts: list[object]) -> bool:
+    return all(type(part) is int for part in parts)
+
+
+def _refuse_echoed_logprobs(body: Mapping[str, Any]) -> ApiError | None:
+    """vLLM answers `echo` with `logprobs` by computing prompt logprobs."""
+    if body.get("echo") and body.get("logprobs") is not None:
+        return ApiError(
+            400,
+            "unsupported_parameter",
+            f"`logprobs` with `echo` is not supported: {REFUSED_FIELDS['prompt_logprobs']}.",
+            param="logprobs",
+        )
+    return None
+
+
 def _refuse_server_tools(tools: object) -> ApiError | None:
     for position, tool in enumerate(tools if isinstance(tools, list) else ()):
         # Anthropic's client tools carry no type at all.
         kind = tool.get("type", "function") if isinstance(tool, dict) else "function"
-        if kind not in CLIENT_TOOL_TYPES:
+        if not isinstance(kind, str) or kind not in CLIENT_TOOL_TYPES:
             return ApiError(
                 400,
                 "unsupported_parameter",

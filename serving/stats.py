@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import secrets
+import socket
 from collections.abc import Callable
 
 from aiohttp import web
@@ -25,8 +26,8 @@ class StatsServer:
         self._sequence = 0
         self._runner: web.AppRunner | None = None
 
-    async def start(self, host: str, port: int) -> None:
-        """Raises OSError when the port is taken."""
+    async def start(self, listener: socket.socket) -> None:
+        """Answer on a socket that listens already."""
         app = web.Application()
         app.add_routes(
             [
@@ -38,7 +39,7 @@ class StatsServer:
         )
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
-        await web.TCPSite(self._runner, host, port).start()
+        await web.SockSite(self._runner, listener).start()
 
     async def stop(self) -> None:
         if self._runner is not None:

@@ -217,7 +217,7 @@ class View:
         view.upfront = (
             prompt.input_tokens * self.promised.input_weight + expected * self.promised.output_weight
         )
-        view.kv_tokens = prompt.input_tokens + expected
+        view.kv_tokens = prompt.input_tokens + expected - event.cached_tokens
         self.kv_in_use += view.kv_tokens
         seat.queue.remove(event.number)
         seat.waiting -= prompt.count
@@ -466,7 +466,8 @@ class HonestRefusals(Oracle):
         holds = {
             "outside_block": not seat.open,
             "too_wide": max(prompt.count for prompt in prompts) > borrowed_slots,
-            "too_many": count > min(terms.rpm_limit, bound),
+            "too_many": count > terms.rpm_limit,
+            "over_queue": count > bound,
             "too_large": sum(prompt.input_tokens + prompt.count for prompt in prompts) > terms.tpm_limit,
             "queue_full": seat.waiting + count > bound,
             "request_limit": seat.requests.level < count - EPSILON * terms.rpm_limit,

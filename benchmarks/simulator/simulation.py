@@ -167,8 +167,10 @@ class Simulation:
     def _settle(self) -> None:
         """Let the scheduler act, and the engine begin its next step if it stands still."""
         self._evicted(self._admission.expire(self._now))
-        for ticket in self._admission.dispatch(self._now):
-            self._enter(ticket)
+        # A prefix hit makes room in the KV cache, for which more may enter at once.
+        while entering := self._admission.dispatch(self._now):
+            for ticket in entering:
+                self._enter(ticket)
         self._write(trace.Settled(self._now, self._admission.virtual_time))
         if self._engine.busy and not self._stepping:
             step = self._engine.plan()

@@ -52,6 +52,7 @@ class Prompt:
     first_token_at: float | None = None
     produced: int = 0
     kv: int = 0
+    cached: int = 0
 
 
 @dataclass
@@ -164,7 +165,11 @@ class AdmissionMachine(RuleBasedStateMachine):
     def prefix_hit(self, share: float, which: int) -> None:
         running = self.running()
         prompt = running[which % len(running)]
-        self.admission.record_prefix_hit(prompt.ticket, int(share * prompt.ask.input_tokens))
+        cached = int(share * prompt.ask.input_tokens)
+        self.admission.record_prefix_hit(prompt.ticket, cached)
+        if cached > prompt.cached:
+            prompt.kv -= cached - prompt.cached
+            prompt.cached = cached
 
     @precondition(lambda self: self.prompts)
     @rule(which=st.integers(0, 100), times=st.integers(1, 3))
@@ -298,7 +303,8 @@ class AdmissionMachine(RuleBasedStateMachine):
             Reason.DRAINING: self.drained,
             Reason.OUTSIDE_BLOCK: not model.open,
             Reason.TOO_WIDE: max(ask.count for ask in group) > SLOTS - SLOTS // 2,
-            Reason.TOO_MANY: count > min(terms.rpm_limit, bound),
+            Reason.TOO_MANY: count > terms.rpm_limit,
+            Reason.OVER_QUEUE: count > bound,
             Reason.TOO_LARGE: sum(ask.input_tokens + ask.count for ask in group) > terms.tpm_limit,
             Reason.REQUEST_LIMIT: model.requests < count - 1e-7 * terms.rpm_limit,
             Reason.TOKEN_LIMIT: model.tokens < reserve - 1e-7 * terms.tpm_limit,

@@ -518,3 +518,29 @@ def test_decision_takes_at_most_100_us_at_p99_with_1000_seats_and_10000_queued()
             put(admission, seat_id, ask(50 + i % 70, 100), now=now)
         best = min(best, sorted(took)[int(0.99 * len(took))])
     assert best <= 100e-6, f"best batch's p99: {best * 1e6:.0f} us"
+
+
+def test_without_a_prefix_cache_each_sibling_pays_its_prefill() -> None:
+    policy = Policy(prefix_caching=False)
+    admission = node(terms("a"), policy=policy)
+    put(admission, "a", ask(1_000, 1, count=2))
+    admission.dispatch(0.0)
+    assert tag(admission, "a") == 2 * 1_000 * policy.input_weight + 2 * policy.output_weight
+
+
+def test_prefix_hits_make_room_in_the_kv_cache() -> None:
+    admission = node(terms("a"), kv=1_000)
+    first = put(admission, "a", ask(700, 10))[0]
+    put(admission, "a", ask(700, 10))
+    assert admission.dispatch(0.0) == [first]
+    admission.record_prefix_hit(first, 690)
+    assert len(admission.dispatch(0.0)) == 1
+
+
+def test_seat_over_its_request_limit_is_foreseen() -> None:
+    admission = node(terms("a", rpm=1))
+    assert admission.foresee("a", 0.0) is None
+    put(admission, "a", ask())
+    refusal = admission.foresee("a", 0.0)
+    assert refusal is not None
+    assert refusal.reason is Reason.REQUEST_LIMIT

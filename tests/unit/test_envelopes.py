@@ -52,10 +52,16 @@ def test_anthropic_error_body() -> None:
 
 @pytest.mark.parametrize("provider", [OpenAI(), OpenAIResponses(), Anthropic()])
 def test_stream_errors_are_whole_events_with_json_data(provider: Provider) -> None:
-    events = provider.stream_error(ERROR, "req_1").decode()
+    events = provider.stream_error(ERROR, "req_1", b"").decode()
     assert events.endswith("\n\n")
     [first, *_] = [line for line in events.splitlines() if line.startswith("data: ")]
     assert "slow down" in str(json.loads(first.removeprefix("data: ")))
+
+
+def test_responses_errors_are_numbered_after_the_events_that_went_out() -> None:
+    sent = b"event: response.created\ndata: {}\n\nevent: response.in_progress\ndata: {}\n\n"
+    event = OpenAIResponses().stream_error(ERROR, "req_1", sent)
+    assert json.loads(event.split(b"data: ")[1])["sequence_number"] == 2
 
 
 def test_limit_headers() -> None:

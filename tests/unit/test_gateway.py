@@ -185,7 +185,7 @@ async def test_engine_that_raises_before_an_answer_is_a_500_with_an_envelope(nod
     assert json.loads(exchanged.body)["error"]["type"] == "server_error"
 
 
-async def test_engine_that_raises_amid_a_stream_cuts_the_connection(node: Node) -> None:
+async def test_engine_that_raises_amid_a_stream_ends_it_with_an_error(node: Node) -> None:
     async def broken(scope: Scope, receive: Receive, send: Send) -> None:
         verdict = current_verdict.get()
         await send({"type": "http.response.start", "status": 200, "headers": STREAM})
@@ -195,8 +195,55 @@ async def test_engine_that_raises_amid_a_stream_cuts_the_connection(node: Node) 
 
     exchanged = Exchanged(node, broken)
     await asyncio.wait([exchanged.task])
-    assert isinstance(exchanged.task.exception(), RuntimeError)
+    assert exchanged.status == 200
+    last = exchanged.body.decode().split("data: ")[2]
+    assert json.loads(last)["error"]["code"] == "engine_error"
     assert node.admission.in_flight == 0
+
+
+async def test_slow_prefill_is_kept_alive_too(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway, "HOLD_S", 0.05)
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": STREAM})
+        async with node.enter(current_verdict.get(), Ask(5, 5)):
+            await asyncio.sleep(0.2)
+            await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": False})
+
+    exchanged = Exchanged(node, slow)
+    await exchanged.task
+    assert exchanged.body.startswith(b": waiting")
+    assert exchanged.body.endswith(b"data: 1\n\n")
+
+
+async def test_more_open_exchanges_than_could_run_and_queue_are_refused(node: Node) -> None:
+    bound = node.admission.policy.max_queued_per_seat + 1
+    sending = [Exchanged(node, streaming) for _ in range(bound)]
+    for exchanged in sending:
+        exchanged._incoming[0]["more_body"] = True
+    await asyncio.sleep(0.05)
+    late = Exchanged(node, streaming)
+    await late.task
+    assert late.status == 503
+    for exchanged in sending:
+        exchanged.left.set()
+    await asyncio.gather(*(exchanged.task for exchanged in sending))
+    after = Exchanged(node, streaming)
+    await after.task
+    assert after.status == 200
+
+
+async def test_unforeseen_failure_is_a_500_in_the_envelope(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(body: object) -> None:
+        raise KeyError("bug")
+
+    monkeypatch.setattr(gateway, "clean_body", broken)
+    exchanged = Exchanged(node, streaming)
+    await exchanged.task
+    assert exchanged.status == 500
+    assert json.loads(exchanged.body)["error"]["type"] == "server_error"
 
 
 async def test_only_listed_headers_and_the_cleaned_body_reach_the_engine(node: Node) -> None:
@@ -221,8 +268,7 @@ async def test_client_that_leaves_while_sending_gets_no_answer(node: Node) -> No
     assert exchanged.sent == []
 
 
-async def test_body_over_the_limit_is_413(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gateway, "MAX_BODY_BYTES", 2**20)
+async def test_body_over_the_limit_is_413(node: Node) -> None:
     exchanged = Exchanged(node, streaming, body=b" " * (2**20 + 1))
     await exchanged.task
     assert exchanged.status == 413

@@ -207,7 +207,10 @@ async def test_pledge_ends_with_its_validity() -> None:
     assert node.standing(ending) is Reason.SUSPENDED
 
 
-async def test_removed_pledge_is_revoked_and_forgotten_once_it_is_idle() -> None:
+async def test_removed_pledge_is_revoked_and_forgotten_once_there_are_too_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("serving.node.KEPT_REVOKED_SEATS", 0)
     node, _ = node_with(pledge("a"), pledge("b"), slots=2)
     running, queued = Caller(node, Verdict(pledge("a"))), Caller(node, late := Verdict(pledge("a")))
     await settle()
@@ -226,12 +229,37 @@ async def test_removed_pledge_is_revoked_and_forgotten_once_it_is_idle() -> None
             pass
 
 
-async def test_pledge_that_comes_back_is_served_again() -> None:
+async def test_pledge_that_comes_back_is_served_again_with_its_counters() -> None:
     node, _ = node_with(pledge("a"))
+    async with node.enter(Verdict(pledge("a")), ASK):
+        pass
     node.apply(snapshot(revision=2))
     assert node.standing(pledge("a")) is Reason.REVOKED
     node.apply(snapshot(pledge("a"), revision=3))
     assert node.standing(pledge("a")) is None
+    assert node.admission.read("a", node.clock()).requests["dispatched"] == 1
+
+
+async def test_siblings_that_hit_each_others_blocks_are_refunded_nothing() -> None:
+    node, _ = node_with(pledge(), slots=4)
+    caller = Caller(node, Verdict(pledge()), Ask(1000, 1, count=2))
+    await settle()
+    assert caller.ticket_id is not None
+    node.record_step([StepOutput(caller.ticket_id, 1, 0), StepOutput(caller.ticket_id, 1, 992)], [])
+    charged = node.admission.read("a", 0.0).virtual_time
+    assert charged >= 1000
+    node.record_step([StepOutput(caller.ticket_id, 1, 992)], [caller.ticket_id])
+    assert node.admission.read("a", 0.0).virtual_time >= charged
+    caller.leave.set()
+
+
+async def test_more_prompts_than_counted_is_a_bug_that_raises() -> None:
+    node, _ = node_with(pledge())
+    verdict = Verdict(pledge())
+    async with node.enter(verdict, ASK):
+        with pytest.raises(RuntimeError, match="with more"):
+            async with node.enter(verdict, ASK):
+                pass
 
 
 async def test_drain_gives_the_queue_back_and_lets_the_running_finish() -> None:

@@ -64,6 +64,22 @@ def test_too_many_prompts_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    "prompt", [[1.0, 2.0], [1, "a"], ["a", 1], [[1], "a"], [[]], [["a"]], [True, 2], [None], [{}]]
+)
+def test_lists_that_vllm_would_read_otherwise_are_refused(prompt: Any) -> None:
+    refused = clean_body({"prompt": prompt})
+    assert isinstance(refused, ApiError)
+    assert refused.param == "prompt"
+
+
+def test_prompt_logprobs_are_refused_by_any_name() -> None:
+    assert isinstance(clean_body({"prompt_logprobs": 0}), ApiError)
+    assert isinstance(clean_body({"echo": True, "logprobs": 0}), ApiError)
+    assert isinstance(clean_body({"echo": True, "logprobs": None}), dict)
+    assert isinstance(clean_body({"logprobs": 5}), dict)
+
+
+@pytest.mark.parametrize(
     "tool",
     [{"type": "function"}, {"type": "custom"}, {"name": "anthropic's have no type", "input_schema": {}}],
 )
@@ -71,7 +87,9 @@ def test_tools_of_the_client_pass(tool: dict[str, Any]) -> None:
     assert isinstance(clean_body({"tools": [tool]}), dict)
 
 
-@pytest.mark.parametrize("kind", ["web_search", "code_interpreter", "mcp", "computer_20250124", None, 5])
+@pytest.mark.parametrize(
+    "kind", ["web_search", "code_interpreter", "mcp", "computer_20250124", None, 5, ["x"], "\ud800"]
+)
 def test_tools_of_a_server_are_refused(kind: object) -> None:
     refused = clean_body({"tools": [{"type": "function"}, {"type": kind}]})
     assert isinstance(refused, ApiError)
