@@ -20,15 +20,19 @@ from benchmarks.servers import ServerStartError
 
 _EXAMPLES = """\
 examples:
-  python -m benchmarks noisy-neighbour --model var/demo-model
+  boosts bench noisy-neighbour
       a quiet seat beside 64 noisy streams, our node and plain vLLM in turns, about 6 minutes
-  python -m benchmarks noisy-neighbour --model var/demo-model --quick
+  boosts bench noisy-neighbour --quick
       the same in one short round: shows the shape, proves nothing
-  python -m benchmarks fairness --model var/demo-model --rounds 0 --pairs 20
+  boosts bench fairness --rounds 0 --pairs 20
       only the lone seat's throughput against plain vLLM, in 20 pairs
+  boosts bench fairness --rounds 0 --lone-connections 64
+      the same with as many streams as slots: shows the price of the reserve for idle seats
 
-Results go to --out: result.json with every row, a picture, the servers' logs. Exit status: 0 when every
-target is met, 1 when one is not, 2 when a server did not start, 130 after Ctrl-C.
+`boosts bench` builds the demo model when no --model is given; `python -m benchmarks` needs one.
+
+Results go to --out: result.json with every row, the table, a picture, the servers' logs. Exit status:
+0 when every target is met, 1 when one is not, 2 when a server did not start, 130 after Ctrl-C.
 """
 
 Ran = tuple[report.Result, Callable[[report.Result, Figure], None]]
@@ -100,7 +104,7 @@ _SCENARIOS: dict[str, Callable[[argparse.Namespace, Path], Ran]] = {
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="benchmarks",
+        prog="boosts bench",
         description="Measure vLLM with seats against plain vLLM, in turns on one machine.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -71,16 +71,18 @@ class Result:
 
 
 def write(result: Result, folder: Path, plot: Callable[[Result, Figure], None]) -> list[Path]:
-    """Write `result.json` and `<scenario>.png` to the folder; returns both paths."""
+    """Write `result.json`, `table.txt` and `<scenario>.png` to the folder; returns their paths."""
     data = folder / "result.json"
     content = {**asdict(result), "environment": environment()}
     data.write_text(json.dumps(content, indent=1, default=str))
+    table = folder / "table.txt"
+    table.write_text(f"{result}\n")
     picture = folder / f"{result.scenario}.png"
     figure = Figure(figsize=(13, 4.6), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)
     plot(result, figure)
     figure.savefig(picture)
-    return [data, picture]
+    return [data, table, picture]
 
 
 def environment() -> dict[str, Any]:

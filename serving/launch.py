@@ -135,7 +135,12 @@ async def _run(
         assert file.current is not None
         node.apply(file.current)
         REGISTRY.register(NodeCollector(node))
-        stats = StatsServer(node, lambda: not engine.errored)
+        stats = StatsServer(
+            node,
+            engine_alive=lambda: not engine.errored,
+            # Bound long ago, but uvicorn listens only when the application is built.
+            listening=lambda: bool(listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)),
+        )
         await stats.start(stats_listener)
         async with asyncio.TaskGroup() as background:
             followers = [

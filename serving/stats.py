@@ -19,9 +19,12 @@ from serving.node import Node
 class StatsServer:
     """Answers `/healthz`, `/readyz`, `/metrics` and `/stats`; starts when the engine is up."""
 
-    def __init__(self, node: Node, engine_alive: Callable[[], bool]) -> None:
+    def __init__(
+        self, node: Node, *, engine_alive: Callable[[], bool], listening: Callable[[], bool]
+    ) -> None:
         self._node = node
         self._engine_alive = engine_alive
+        self._listening = listening
         self._boot_id = secrets.token_hex(8)
         self._sequence = 0
         self._runner: web.AppRunner | None = None
@@ -49,8 +52,11 @@ class StatsServer:
         return _verdict(self._engine_alive(), "engine dead")
 
     async def _readyz(self, request: web.Request) -> web.Response:
-        ready = self._engine_alive() and not self._node.admission.draining
-        return _verdict(ready, "draining" if self._engine_alive() else "engine dead")
+        if not self._engine_alive():
+            return _verdict(False, "engine dead")
+        if self._node.admission.draining:
+            return _verdict(False, "draining")
+        return _verdict(self._listening(), "starting")
 
     async def _metrics(self, request: web.Request) -> web.Response:
         return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})

@@ -40,11 +40,14 @@ def gone(processes: list[psutil.Process]) -> bool:
 
 
 @pytest.fixture
-def own_node(tmp_path: Path, demo_model: Path) -> Iterator[tuple[RunningNode, subprocess.Popen[bytes]]]:
-    """A node for one test to stop or kill."""
+def own_node(
+    request: pytest.FixtureRequest, tmp_path: Path, demo_model: Path
+) -> Iterator[tuple[RunningNode, subprocess.Popen[bytes]]]:
+    """A node for one test to stop or kill; its parameter is the time to drain, 20 s without one."""
+    drain_s = getattr(request, "param", 20)
     node = RunningNode(tmp_path, free_port(), free_port(), demo_model)
     node.publish()
-    process = start_serving(node, "--drain-s", "20", engine_flags=("--max-num-seqs", "1"))
+    process = start_serving(node, "--drain-s", str(drain_s), engine_flags=("--max-num-seqs", "1"))
     yield node, process
     if process.poll() is None:
         stop_group(process)
@@ -69,6 +72,37 @@ def test_sigterm_lets_the_running_finish_and_gives_the_queue_back(
         assert running.result().json()["usage"]["completion_tokens"] == 2000
     assert process.wait(15) == 0
     assert gone(members)
+
+
+@pytest.mark.parametrize("own_node", [1], indirect=True)
+def test_sigterm_ends_in_time_beside_a_long_request_that_nobody_reads(
+    own_node: tuple[RunningNode, subprocess.Popen[bytes]],
+) -> None:
+    node, process = own_node
+    seat = node.new_seat()
+    members = family(process.pid)
+    # Log probabilities make each event large enough to fill every buffer on the way.
+    body = json.dumps(
+        {
+            "model": "demo",
+            "prompt": "x",
+            "max_tokens": 8000,
+            "ignore_eos": True,
+            "stream": True,
+            "logprobs": 20,
+        }
+    )
+    with socket.create_connection(("127.0.0.1", node.port)) as deaf:
+        deaf.sendall(
+            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nx-api-key: {seat.key}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+        )
+        wait_for(lambda: node.seat_stats(seat)["output_tokens"] > 100)
+        began = time.monotonic()
+        process.terminate()
+        process.wait(15)
+        assert time.monotonic() - began < 10
+    wait_for(lambda: gone(members), 2)
 
 
 def test_killed_serving_takes_its_engine_along(

@@ -99,7 +99,8 @@ def test_a_report_is_json_and_a_picture(scenario: str, tmp_path: Path) -> None:
         "noisy": (_noisy({PLAIN: 4.0, SEATS: 1.0}), noisy_neighbour.plot),
         "fair": (_fair(1.0, 99.0), fairness.plot),
     }[scenario]
-    data, picture = report.write(result, tmp_path, plot)
+    data, table, picture = report.write(result, tmp_path, plot)
+    assert table.read_text() == f"{result}\n"
     content = json.loads(data.read_text())
     assert content["environment"]["cpu_count"] >= 1
     assert len(content["rows"]) == len(result.rows)
