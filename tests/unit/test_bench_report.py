@@ -162,4 +162,4 @@ def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
     assert ended.value.code == 0
-    assert "python -m benchmarks noisy-neighbour" in capsys.readouterr().out
+    assert "boosts bench noisy-neighbour" in capsys.readouterr().out
