@@ -102,7 +102,7 @@ def test_sigterm_ends_in_time_beside_a_long_request_that_nobody_reads(
         process.terminate()
         process.wait(15)
         assert time.monotonic() - began < 10
-    wait_for(lambda: gone(members), 2)
+    wait_for(lambda: gone(members), 5)
 
 
 def test_killed_serving_takes_its_engine_along(
