@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     folder = arguments.out or home / "bench" / f"{arguments.scenario}-{stamp}"
     folder.mkdir(parents=True, exist_ok=True)
     # A terminated benchmark stops its servers as an interrupted one does.
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         result, plot = _SCENARIOS[arguments.scenario](arguments, folder)
     except ServerStartError as failure:
@@ -56,7 +56,8 @@ def main(argv: list[str]) -> int:
         print("interrupted; the servers are stopped", file=sys.stderr)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     written = report.write(result, folder, plot)
     print(f"\n{result}\n")
     for path in written:
@@ -159,4 +160,7 @@ class _Clock:
 
 
 def _interrupt(_signal: int, _frame: object) -> NoReturn:
+    # Once: a second signal would cut the stopping of the servers short and leave one behind.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise KeyboardInterrupt
