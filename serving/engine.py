@@ -122,6 +122,7 @@ def _meter(processor: OutputProcessor, engine: SeatLLM) -> None:
         engine.node.record_step(steps, finished)
         return result
 
+    # On the instance: vLLM builds its processor itself, and its loop looks the method up there.
     processor.process_outputs = metered  # type: ignore[method-assign, assignment]
 
 

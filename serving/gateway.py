@@ -95,6 +95,7 @@ class Exchange:
         except _ClientLeftError:
             pass
         except Exception:
+            # The last resort: whatever went wrong, the client reads its provider's envelope.
             log.exception("%s %s failed", self.request_id, self.scope["path"])
             if self.started:
                 raise
