@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+from vllm.inputs import TokensPrompt
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.utils import length_from_prompt_token_ids_or_embeds
@@ -50,6 +51,17 @@ class SeatLLM(AsyncLLM):
         cache = self.vllm_config.cache_config
         kv_blocks = cache.num_gpu_blocks or 1
         return Capacity(slots=self.scheduler_config.max_num_seqs, kv_tokens=kv_blocks * cache.block_size)
+
+    async def warm_up(self) -> None:
+        """Have the engine compile now what it would compile in front of the first client that asks for it.
+
+        The kernel behind log probabilities takes 12 s on a small CPU, and every seat's streams stand
+        still meanwhile.
+        """
+        prompt = TokensPrompt(prompt_token_ids=[0])
+        params = SamplingParams(max_tokens=2, logprobs=1)
+        async for _ in super().generate(prompt, params, "warm-up"):
+            pass
 
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any

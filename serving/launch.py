@@ -134,6 +134,7 @@ async def _run(
         node = engine.node = Node(engine.capacity(), policy, max_body_bytes=body_bytes)
         assert file.current is not None
         node.apply(file.current)
+        await engine.warm_up()
         REGISTRY.register(NodeCollector(node))
         stats = StatsServer(
             node,

@@ -105,6 +105,24 @@ def test_sigterm_ends_in_time_beside_a_long_request_that_nobody_reads(
     wait_for(lambda: gone(members), 5)
 
 
+def test_first_log_probabilities_find_their_kernel_compiled(
+    tmp_path: Path, demo_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The compiler's cache of earlier runs would hide the compilation, which stops every seat for 12 s.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "empty-cache"))
+    node = RunningNode(tmp_path, free_port(), free_port(), demo_model)
+    node.publish()
+    process = start_serving(node)
+    try:
+        seat = node.new_seat()
+        body = {"model": "demo", "prompt": "x", "max_tokens": 4, "logprobs": 5}
+        answer = httpx.post(f"{node.url}/v1/completions", headers=seat.headers, json=body, timeout=60)
+        assert answer.status_code == 200
+        assert answer.elapsed.total_seconds() < 3
+    finally:
+        stop_group(process)
+
+
 def test_killed_serving_takes_its_engine_along(
     own_node: tuple[RunningNode, subprocess.Popen[bytes]],
 ) -> None:
