@@ -16,7 +16,7 @@ from contract.entitlements import (
     PoolStatus,
     PoolTerms,
 )
-from contract.keys import key_sha256, new_boost_key
+from contract.keys import KeyKind, key_sha256, new_key
 
 # Far beyond what a benchmark sends: the limits are not what is measured.
 _UNLIMITED_RPM = 1_000_000
@@ -29,7 +29,7 @@ class Seat:
 
     name: str
     quantity: int = 1
-    key: str = field(default_factory=new_boost_key, repr=False)
+    key: str = field(default_factory=lambda: new_key(KeyKind.BOOST), repr=False)
 
 
 def write_entitlements(

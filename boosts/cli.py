@@ -90,9 +90,9 @@ def keys_new() -> None:
     example:
       boosts keys new
     """
-    from contract.keys import key_sha256, new_boost_key
+    from contract.keys import KeyKind, key_sha256, new_key
 
-    key = new_boost_key()
+    key = new_key(KeyKind.BOOST)
     print(f"key         {key}")
     print(f"key_sha256  {key_sha256(key)}")
 

@@ -36,7 +36,7 @@ from contract.entitlements import (
     parse_entitlements,
 )
 from contract.errors import ContractError
-from contract.keys import key_sha256, new_boost_key
+from contract.keys import KeyKind, key_sha256, new_key
 from serving.family import stop_with_parent
 
 DEMO_SEATS = ("demo", "quiet", "noisy")
@@ -134,7 +134,7 @@ def demo_keys(home: Path) -> dict[str, str]:
         known = {pledge.key_sha256 for pledge in parse_entitlements(entitlements.read_bytes()).pledges}
         if known >= {key_sha256(key) for key in keys.values()}:
             return keys
-    keys = {name: new_boost_key() for name in DEMO_SEATS}
+    keys = {name: new_key(KeyKind.BOOST) for name in DEMO_SEATS}
     _replace(kept, json.dumps(keys, indent=2) + "\n", mode=0o600)
     _replace(entitlements, _demo_entitlements(keys).to_json() + "\n")
     return keys

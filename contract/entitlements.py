@@ -12,29 +12,24 @@ from typing import Annotated, Literal, Self
 
 from pydantic import (
     AwareDatetime,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
-    ValidationError,
     model_validator,
 )
 
 from contract.blocks import Block, DaySpan, format_clock, parse_clock
-from contract.errors import ContractError
+from contract.documents import Document
 
 MAX_PLEDGES = 10_000
 MAX_LIMIT = 10**12
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-
 def _clock(value: object) -> object:
     return parse_clock(value) if isinstance(value, str) else value
 
+
+Name = Annotated[str, Field(min_length=1, max_length=100)]
 
 ClockTime = Annotated[int, BeforeValidator(_clock), PlainSerializer(format_clock, when_used="json")]
 """Seconds since midnight UTC; `HH:MM` or `HH:MM:SS` in JSON."""
@@ -51,7 +46,7 @@ class PoolStatus(enum.Enum):
     PAUSED = "paused"
 
 
-class BlockTime(_Strict):
+class BlockTime(Document):
     """One block of a pledge, with its times spelled out."""
 
     block: Block
@@ -73,10 +68,10 @@ class BlockTime(_Strict):
         return cls(block=block, starts=block.span.start_s, ends=block.span.end_s)
 
 
-class PledgeEntitlement(_Strict):
+class PledgeEntitlement(Document):
     """One pledge: its key, when it may be used, and what it may use."""
 
-    pledge_id: Annotated[str, Field(min_length=1, max_length=100)]
+    pledge_id: Name
     key_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     status: PledgeStatus
     quantity: Annotated[int, Field(ge=1, le=20)]
@@ -93,10 +88,10 @@ class PledgeEntitlement(_Strict):
         return tuple(block.span for block in self.blocks)
 
 
-class PoolTerms(_Strict):
+class PoolTerms(Document):
     """What every seat of the pool has in common."""
 
-    slug: Annotated[str, Field(min_length=1, max_length=100)]
+    slug: Name
     status: PoolStatus
     guarantee_tok_s: Annotated[float, Field(ge=0)]
     """Output tokens per second guaranteed to each seat; 0 for none."""
@@ -104,11 +99,11 @@ class PoolTerms(_Strict):
     """Input tokens per second by which a first token is due, for each seat."""
 
 
-class Entitlements(_Strict):
+class Entitlements(Document):
     """A snapshot. Of one store, a higher revision is newer."""
 
     version: Literal[1]
-    store_id: Annotated[str, Field(min_length=1, max_length=100)]
+    store_id: Name
     revision: Annotated[int, Field(ge=1)]
     pool: PoolTerms
     pledges: Annotated[tuple[PledgeEntitlement, ...], Field(max_length=MAX_PLEDGES)]
@@ -125,10 +120,7 @@ class Entitlements(_Strict):
 
 def parse_entitlements(text: str | bytes) -> Entitlements:
     """Parse a snapshot. Raises ContractError, which names each fault by its path."""
-    try:
-        return Entitlements.model_validate_json(text)
-    except ValidationError as error:
-        raise ContractError.from_validation("entitlements", error) from None
+    return Entitlements.parse(text, "entitlements")
 
 
 def _refuse_repeated(field: str, values: Iterable[str]) -> None:

@@ -1,32 +1,45 @@
 """The format of our keys: a prefix that says what it opens, 256 random bits, and a checksum.
 
 The checksum lets a scanner, a form or a node tell a mistyped key from an unknown one without a
-look-up. A node stores only the SHA-256 of a key: with 256 random bits there is nothing to guess.
+look-up. Only the SHA-256 of a key is stored to recognise it: with 256 random bits there is nothing
+to guess.
 """
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import secrets
 import zlib
-
-BOOST_KEY_PREFIX = "sk_pool_"
 
 _ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _SECRET_LENGTH = 43
 _CHECKSUM_LENGTH = 6
 
 
-def new_boost_key() -> str:
-    """A fresh inference key."""
-    body = _base62(secrets.randbits(256), _SECRET_LENGTH)
-    return BOOST_KEY_PREFIX + body + _checksum(BOOST_KEY_PREFIX + body)
+class KeyKind(enum.Enum):
+    """What a key opens, by its prefix."""
+
+    BOOST = "sk_pool_"
+    """Inference, for one pledge."""
+    MANAGEMENT = "mk_"
+    """The pools API, for one account."""
+    JOIN = "join_"
+    """The enrolment of one node, once."""
+    NODE = "node_"
+    """The agent API, for one node."""
 
 
-def is_boost_key(text: str) -> bool:
-    """Whether `text` has the form of an inference key and its checksum is right."""
-    expected_length = len(BOOST_KEY_PREFIX) + _SECRET_LENGTH + _CHECKSUM_LENGTH
-    if len(text) != expected_length or not text.startswith(BOOST_KEY_PREFIX) or not text.isascii():
+def new_key(kind: KeyKind) -> str:
+    """A fresh key."""
+    body = kind.value + _base62(secrets.randbits(256), _SECRET_LENGTH)
+    return body + _checksum(body)
+
+
+def is_key(text: str, kind: KeyKind) -> bool:
+    """Whether `text` has the form of such a key and its checksum is right."""
+    expected_length = len(kind.value) + _SECRET_LENGTH + _CHECKSUM_LENGTH
+    if len(text) != expected_length or not text.startswith(kind.value) or not text.isascii():
         return False
     return _checksum(text[:-_CHECKSUM_LENGTH]) == text[-_CHECKSUM_LENGTH:]
 

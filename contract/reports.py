@@ -8,19 +8,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, Field
 
-from contract.errors import ContractError
+from contract.documents import Document
 
 Count = Annotated[int, Field(ge=0)]
 Tokens = Annotated[float, Field(ge=0)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class SeatThroughput(_Strict):
+class SeatThroughput(Document):
     """One pledge's counters since boot, and its state now."""
 
     pledge_id: Annotated[str, Field(min_length=1, max_length=100)]
@@ -42,7 +38,7 @@ class SeatThroughput(_Strict):
     in_flight: Count
 
 
-class ThroughputReport(_Strict):
+class ThroughputReport(Document):
     """What serving's stats endpoint answers and a control plane stores."""
 
     version: Literal[1]
@@ -55,7 +51,4 @@ class ThroughputReport(_Strict):
 
 def parse_report(text: str | bytes) -> ThroughputReport:
     """Parse a report. Raises ContractError, which names each fault by its path."""
-    try:
-        return ThroughputReport.model_validate_json(text)
-    except ValidationError as error:
-        raise ContractError.from_validation("throughput report", error) from None
+    return ThroughputReport.parse(text, "throughput report")

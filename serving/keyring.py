@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contract.blocks import is_open
 from contract.entitlements import Entitlements, PledgeEntitlement, PledgeStatus
-from contract.keys import is_boost_key, key_sha256
+from contract.keys import KeyKind, is_key, key_sha256
 from scheduler import Reason, SeatTerms
 
 
@@ -19,7 +19,7 @@ class Keyring:
     def find(self, key: str) -> PledgeEntitlement | None:
         """The pledge that `key` opens; None for a mistyped or unknown key."""
         # The checksum first: it costs less than the hash and turns most garbage away.
-        return self._by_hash.get(key_sha256(key)) if is_boost_key(key) else None
+        return self._by_hash.get(key_sha256(key)) if is_key(key, KeyKind.BOOST) else None
 
     def terms(self, pledge: PledgeEntitlement) -> SeatTerms:
         """What the scheduler has to know about the pledge's seats."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from contract.entitlements import parse_entitlements
 from contract.errors import ContractError
-from contract.keys import is_boost_key, key_sha256, new_boost_key
+from contract.keys import KeyKind, is_key, key_sha256, new_key
 from contract.reports import parse_report
 from tests.contract import documents
 from tests.contract.documents import pledge
@@ -88,21 +88,21 @@ def test_long_lists_of_faults_are_cut() -> None:
 
 
 def test_keys_are_their_own_and_checked() -> None:
-    keys = {new_boost_key() for _ in range(100)}
+    keys = {new_key(KeyKind.BOOST) for _ in range(100)}
     assert len(keys) == 100
     for key in keys:
         assert key.startswith("sk_pool_")
-        assert is_boost_key(key)
+        assert is_key(key, KeyKind.BOOST)
         assert len(key_sha256(key)) == 64
 
 
 @given(st.integers(8, 56), st.sampled_from("0Az"))
 def test_one_mistyped_letter_is_noticed(position: int, letter: str) -> None:
-    key = new_boost_key()
+    key = new_key(KeyKind.BOOST)
     mistyped = key[:position] + letter + key[position + 1 :]
-    assert is_boost_key(mistyped) == (mistyped == key)
+    assert is_key(mistyped, KeyKind.BOOST) == (mistyped == key)
 
 
 @pytest.mark.parametrize("text", ["", "sk_pool_", "mk_" + "0" * 54, "sk_pool_" + "é" * 49])
 def test_other_texts_are_no_keys(text: str) -> None:
-    assert not is_boost_key(text)
+    assert not is_key(text, KeyKind.BOOST)

@@ -28,7 +28,7 @@ from contract.entitlements import (
     PoolStatus,
     PoolTerms,
 )
-from contract.keys import key_sha256, new_boost_key
+from contract.keys import KeyKind, key_sha256, new_key
 from serving.family import stop_with_parent
 
 SLOTS = 8
@@ -118,7 +118,7 @@ class RunningNode:
         blocks: tuple[BlockTime, ...] = ALL_DAY,
     ) -> Seat:
         """A pledge of its own for one test; the node knows it when this returns."""
-        key = new_boost_key()
+        key = new_key(KeyKind.BOOST)
         pledge = PledgeEntitlement(
             pledge_id=f"pledge-{len(self.pledges)}-{self.revision}",
             key_sha256=key_sha256(key),

@@ -16,7 +16,7 @@ from benchmarks.report import PLAIN, SEATS, Check, Table
 from benchmarks.seats import Seat, write_entitlements
 from benchmarks.servers import Launch, ServerStartError, running
 from contract.entitlements import parse_entitlements
-from contract.keys import is_boost_key, key_sha256
+from contract.keys import KeyKind, is_key, key_sha256
 
 _CLEAN = {"max_lag_s": 0.0, "idle_server_cores": 0.0}
 
@@ -123,7 +123,7 @@ def test_every_seat_of_the_entitlements_may_always_serve(tmp_path: Path) -> None
     seat = Seat("heavy", quantity=3)
     write_entitlements([seat, Seat("light")], tmp_path / "seats.json", guarantee_tok_s=20.0)
     snapshot = parse_entitlements((tmp_path / "seats.json").read_text())
-    assert is_boost_key(seat.key)
+    assert is_key(seat.key, KeyKind.BOOST)
     assert [pledge.quantity for pledge in snapshot.pledges] == [3, 1]
     assert snapshot.pledges[0].key_sha256 == key_sha256(seat.key)
     assert len(snapshot.pledges[0].blocks) == 3

@@ -21,13 +21,13 @@ from contract.entitlements import (
     PoolStatus,
     PoolTerms,
 )
-from contract.keys import key_sha256, new_boost_key
+from contract.keys import KeyKind, key_sha256, new_key
 from scheduler import Ask, Capacity, Policy
 from serving import gateway
 from serving.gateway import Message, Receive, Scope, SeatMiddleware, Send
 from serving.node import Node, RefusedError, Verdict, current_verdict
 
-KEY = new_boost_key()
+KEY = new_key(KeyKind.BOOST)
 STREAM = [(b"content-type", b"text/event-stream; charset=utf-8")]
 PATHS = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/anthropic/v1/messages"]
 

@@ -1,0 +1,1 @@
+"""Money: cards on file, charges, and the gateway that moves it."""

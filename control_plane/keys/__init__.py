@@ -1,0 +1,1 @@
+"""Boost keys: made at activation, stored encrypted, shown to their owner."""

@@ -1,0 +1,1 @@
+"""Nodes: how they join, what they are told, what they report about themselves."""

@@ -1,0 +1,1 @@
+"""Pools: one model, its blocks and prices, its seats."""

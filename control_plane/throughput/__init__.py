@@ -1,0 +1,1 @@
+"""Throughput: what was owed and delivered, by pledge and minute."""
