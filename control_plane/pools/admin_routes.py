@@ -1,0 +1,161 @@
+"""The operator's side of pools: make, edit, open, pause, resume."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from sqlalchemy import select
+
+from control_plane.auth import Operator
+from control_plane.context import Context
+from control_plane.envelope import Shown, Success, documented
+from control_plane.money import show
+from control_plane.pools import service
+from control_plane.pools.models import PoolTerms
+from control_plane.pools.tables import Pool, PoolBlock
+from control_plane.routing import IdempotentRoute
+
+router = APIRouter(prefix="/api/admin/pools", tags=["operator"], route_class=IdempotentRoute)
+
+
+class OfferedBlock(Shown):
+    seats: int
+    monthly_price: str
+
+
+class AdminPool(Shown):
+    """A pool as its operator sees it."""
+
+    id: str
+    status: str
+    slug: str
+    model_id: str
+    model_name: str
+    description: str
+    infra_spec: str
+    blocks: dict[str, OfferedBlock]
+    min_seats: int
+    guarantee_tok_s: float
+    prefill_tok_s: float
+    rpm_limit: int
+    tpm_limit: int
+    engine_args: list[str]
+    pledged_slots: int
+    revision: int
+
+    @classmethod
+    def of(cls, pool: Pool, blocks: list[PoolBlock], reserved: int) -> AdminPool:
+        return cls(
+            id=pool.id,
+            status=pool.state.value,
+            **_terms(pool, blocks),
+            pledged_slots=reserved,
+            revision=pool.revision,
+        )
+
+
+def _terms(pool: Pool, blocks: list[PoolBlock]) -> dict[str, Any]:
+    return {
+        "slug": pool.slug,
+        "model_id": pool.model_id,
+        "model_name": pool.model_name,
+        "description": pool.description,
+        "infra_spec": pool.infra_spec,
+        "blocks": {
+            row.block.value: {"seats": row.seats, "monthly_price": show(row.price_cents)} for row in blocks
+        },
+        "min_seats": pool.min_seats,
+        "guarantee_tok_s": pool.guarantee_tok_s,
+        "prefill_tok_s": pool.prefill_tok_s,
+        "rpm_limit": pool.rpm_limit,
+        "tpm_limit": pool.tpm_limit,
+        "engine_args": pool.engine_flags,
+    }
+
+
+async def _shown(context: Context, id_or_slug: str) -> Success[AdminPool]:
+    async with context.database.read() as session:
+        pool = await service.find(session, id_or_slug, drafts=True)
+        reserved = await service.reserved_seats(session, [pool.id])
+        blocks = await service.blocks_of(session, pool.id)
+        return Success(data=AdminPool.of(pool, blocks, reserved.get(pool.id, 0)))
+
+
+@router.get("", responses=documented(401, 403))
+async def list_pools(context: Context, operator: Operator) -> Success[list[AdminPool]]:
+    """All pools, drafts too, oldest first."""
+    async with context.database.read() as session:
+        pools = list(await session.scalars(select(Pool).order_by(Pool.created_at, Pool.id)))
+        reserved = await service.reserved_seats(session, [pool.id for pool in pools])
+        return Success(
+            data=[
+                AdminPool.of(pool, await service.blocks_of(session, pool.id), reserved.get(pool.id, 0))
+                for pool in pools
+            ]
+        )
+
+
+@router.get("/{id_or_slug}", responses=documented(401, 403, 404))
+async def read_pool(context: Context, operator: Operator, id_or_slug: str) -> Success[AdminPool]:
+    """One pool, a draft too."""
+    return await _shown(context, id_or_slug)
+
+
+@router.post("", responses=documented(401, 403, 409))
+async def create_pool(context: Context, operator: Operator, terms: PoolTerms) -> Success[AdminPool]:
+    """Make a draft, which only operators see."""
+    async with context.database.write() as session:
+        pool = await service.create(session, terms, context.clock())
+    return await _shown(context, pool.id)
+
+
+@router.patch("/{id_or_slug}", responses=documented(401, 403, 404, 409))
+async def edit_pool(
+    context: Context,
+    operator: Operator,
+    id_or_slug: str,
+    changes: Annotated[dict[str, Any], Body(description="Fields of a new pool; those left out stay.")],
+) -> Success[AdminPool]:
+    """Change a draft."""
+    async with context.database.write() as session:
+        pool = await service.find(session, id_or_slug, drafts=True)
+        pool = await service.lock(session, pool.id)
+        blocks = await service.blocks_of(session, pool.id)
+        # Whole again before it is checked: rules that span fields hold for a change as for a new pool.
+        current = PoolTerms.model_validate(_terms(pool, blocks)).model_dump(mode="json", by_alias=True)
+        try:
+            terms = PoolTerms.model_validate({**current, **changes}, by_name=False)
+        except ValidationError as error:
+            raise RequestValidationError(error.errors(include_url=False, include_context=False)) from None
+        await service.edit(session, pool, terms)
+    return await _shown(context, pool.id)
+
+
+@router.post("/{id_or_slug}/open", responses=documented(401, 403, 404, 409))
+async def open_pool(context: Context, operator: Operator, id_or_slug: str) -> Success[AdminPool]:
+    """Let customers see the pool and pledge."""
+    async with context.database.write() as session:
+        pool = await service.find(session, id_or_slug, drafts=True)
+        await service.open_for_pledges(session, await service.lock(session, pool.id))
+    return await _shown(context, pool.id)
+
+
+@router.post("/{id_or_slug}/pause", responses=documented(401, 403, 404, 409))
+async def pause_pool(context: Context, operator: Operator, id_or_slug: str) -> Success[AdminPool]:
+    """Stop selling, charging and serving; paid time stands still."""
+    async with context.database.write() as session:
+        pool = await service.find(session, id_or_slug, drafts=True)
+        service.pause(await service.lock(session, pool.id), context.clock())
+    return await _shown(context, pool.id)
+
+
+@router.post("/{id_or_slug}/resume", responses=documented(401, 403, 404, 409))
+async def resume_pool(context: Context, operator: Operator, id_or_slug: str) -> Success[AdminPool]:
+    """Go on where the pool was paused."""
+    async with context.database.write() as session:
+        pool = await service.find(session, id_or_slug, drafts=True)
+        await service.resume(session, await service.lock(session, pool.id), context.clock())
+    return await _shown(context, pool.id)

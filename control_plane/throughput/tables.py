@@ -1,0 +1,53 @@
+"""What nodes delivered: the last counters of each boot, and sums by pledge and minute.
+
+Counters take 64 bits: a busy node produces more than 2^31 tokens in days.
+"""
+
+from __future__ import annotations
+
+import datetime
+
+from sqlalchemy import BigInteger, ForeignKey, String
+from sqlalchemy.orm import Mapped, mapped_column
+
+from control_plane.database import Table
+
+
+class NodeBoot(Table):
+    """The last report stored of one start of a node's serving process."""
+
+    __tablename__ = "node_boots"
+
+    node_id: Mapped[str] = mapped_column(ForeignKey("nodes.id"), primary_key=True)
+    boot_id: Mapped[str] = mapped_column(String(100), primary_key=True)
+    sequence: Mapped[int] = mapped_column(BigInteger)
+    at: Mapped[datetime.datetime]
+
+
+class SeatCounters(Table):
+    """A pledge's counters in that report: the next report's increase is counted from here."""
+
+    __tablename__ = "seat_counters"
+
+    node_id: Mapped[str] = mapped_column(ForeignKey("nodes.id"), primary_key=True)
+    boot_id: Mapped[str] = mapped_column(String(100), primary_key=True)
+    pledge_id: Mapped[str] = mapped_column(String(100), primary_key=True)
+    requests: Mapped[int] = mapped_column(BigInteger)
+    input_tokens: Mapped[int] = mapped_column(BigInteger)
+    output_tokens: Mapped[int] = mapped_column(BigInteger)
+    owed_tokens: Mapped[float]
+    shortfall_tokens: Mapped[float]
+
+
+class ThroughputMinute(Table):
+    """What one pledge was owed and got in one minute."""
+
+    __tablename__ = "throughput_minutes"
+
+    pledge_id: Mapped[str] = mapped_column(ForeignKey("pledges.id"), primary_key=True)
+    minute: Mapped[datetime.datetime] = mapped_column(primary_key=True)
+    requests: Mapped[int] = mapped_column(BigInteger)
+    input_tokens: Mapped[int] = mapped_column(BigInteger)
+    output_tokens: Mapped[int] = mapped_column(BigInteger)
+    owed_tokens: Mapped[float]
+    shortfall_tokens: Mapped[float]
