@@ -10,13 +10,12 @@ from sqlalchemy import select
 
 from contract.keys import KeyKind, is_key, key_sha256
 from control_plane.accounts.tables import Account, ManagementKey, Role
-from control_plane.context import Context
+from control_plane.context import Context, ControlPlane
 from control_plane.envelope import ApiError
 from control_plane.nodes.tables import Node
 
-Credentials = Annotated[
-    HTTPAuthorizationCredentials | None, Security(HTTPBearer(auto_error=False, description="A key"))
-]
+bearer = HTTPBearer(auto_error=False, description="A key")
+Credentials = Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]
 
 
 def _bearer(credentials: HTTPAuthorizationCredentials | None, kind: KeyKind, what: str) -> str:
@@ -32,7 +31,8 @@ def _unauthorized(message: str) -> ApiError:
     return ApiError(401, "unauthorized", message, headers={"www-authenticate": "Bearer"})
 
 
-async def _caller(context: Context, credentials: Credentials) -> Account:
+async def account_of(context: ControlPlane, credentials: HTTPAuthorizationCredentials | None) -> Account:
+    """The account whose management key was sent. Raises ApiError 401."""
     key = _bearer(credentials, KeyKind.MANAGEMENT, "management key")
     async with context.database.read() as session:
         account = await session.scalar(
@@ -41,6 +41,10 @@ async def _caller(context: Context, credentials: Credentials) -> Account:
     if account is None:
         raise _unauthorized("This management key is unknown or was withdrawn.")
     return account
+
+
+async def _caller(context: Context, credentials: Credentials) -> Account:
+    return await account_of(context, credentials)
 
 
 Caller = Annotated[Account, Depends(_caller)]

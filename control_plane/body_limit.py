@@ -37,7 +37,11 @@ class BodyLimit:
             if seen <= limit:
                 await send(message)
 
-        await self._app(scope, bounded, answer)
+        try:
+            await self._app(scope, bounded, answer)
+        except ValueError:
+            if seen <= limit:
+                raise
         if seen > limit:
             error = ApiError(413, "request_too_large", f"The body may have {limit} bytes at most.")
             await error.answer()(scope, receive, send)

@@ -21,6 +21,7 @@ from control_plane.clock import system_clock
 from control_plane.context import ControlPlane
 from control_plane.database import Database, DatabaseError
 from control_plane.envelope import ApiError
+from control_plane.keys.service import check_vault
 from control_plane.migrations import upgrade
 from control_plane.vault import Vault, VaultError
 
@@ -73,6 +74,7 @@ async def _run(options: argparse.Namespace, vault: Vault, database: Database) ->
             async with database.write() as session:
                 print(await new_operator_key(session, options.new_operator, system_clock()))
             return 0
+        await check_vault(database, vault)
         listener = stack.enter_context(_listen(options.host, options.port))
         public_url = (options.public_url or f"http://{options.host}:{options.port}").rstrip("/")
         gateway = LedgerGateway(database, system_clock)

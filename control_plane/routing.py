@@ -1,6 +1,6 @@
 """Routes whose POSTs may be repeated: `Idempotency-Key`, as in the IETF's draft of that header.
 
-The answer of a call that succeeded is kept for a day, encrypted, and given again to the same caller
+The answer of a call that succeeded is kept for a day, encrypted, and given again to the same account
 with the same key and the same request. A refusal is not kept: it changed nothing, and its cause may
 be mended by then.
 """
@@ -18,6 +18,7 @@ from sqlalchemy import delete
 from sqlalchemy.exc import IntegrityError
 
 from control_plane.accounts.tables import IdempotentCall
+from control_plane.auth import account_of, bearer
 from control_plane.context import ControlPlane
 from control_plane.envelope import ApiError
 
@@ -42,7 +43,9 @@ class IdempotentRoute(APIRoute):
                     422, "invalid_request", f"Idempotency-Key must be 1 to {_MAX_KEY} printable characters."
                 )
             context: ControlPlane = request.app.state.control_plane
-            call = _Call(context, await _caller(request), key, await _fingerprint(request))
+            # Nothing is kept for a stranger.
+            account = await account_of(context, await bearer(request))
+            call = _Call(context, account.id, key, await _fingerprint(request))
             kept = await call.begin()
             if kept is not None:
                 return kept
@@ -57,10 +60,6 @@ class IdempotentRoute(APIRoute):
         return handle_once
 
 
-async def _caller(request: Request) -> str:
-    return hashlib.sha256(request.headers.get("authorization", "").encode()).hexdigest()
-
-
 async def _fingerprint(request: Request) -> str:
     described = f"{request.method} {request.url.path}\n".encode() + await request.body()
     return hashlib.sha256(described).hexdigest()
@@ -69,9 +68,9 @@ async def _fingerprint(request: Request) -> str:
 class _Call:
     """One call with its key: begun, then kept or forgotten."""
 
-    def __init__(self, context: ControlPlane, caller: str, key: str, fingerprint: str) -> None:
+    def __init__(self, context: ControlPlane, account_id: str, key: str, fingerprint: str) -> None:
         self._context = context
-        self._id = (caller, key)
+        self._id = (account_id, key)
         self._fingerprint = fingerprint
 
     async def begin(self) -> Response | None:
@@ -84,7 +83,7 @@ class _Call:
                     await session.execute(delete(IdempotentCall).where(*self._is_this()))
                     session.add(
                         IdempotentCall(
-                            caller=self._id[0],
+                            account_id=self._id[0],
                             key=self._id[1],
                             request_sha256=self._fingerprint,
                             started_at=now,
@@ -124,7 +123,7 @@ class _Call:
         return row.started_at < now - (_ABANDONED if row.status is None else KEPT)
 
     def _is_this(self) -> tuple[Any, ...]:
-        return IdempotentCall.caller == self._id[0], IdempotentCall.key == self._id[1]
+        return IdempotentCall.account_id == self._id[0], IdempotentCall.key == self._id[1]
 
     @property
     def _bound_to(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from fastapi import Path
 from pydantic import AfterValidator, Field
 
 
@@ -17,5 +18,8 @@ def _storable(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_storable)]
 """Text that a database can keep."""
+
+Reference = Annotated[Text, Path(description="Id or slug")]
+"""How an address names a pool or a pledge."""
 
 Name = Annotated[Text, Field(min_length=1, max_length=200)]

@@ -61,4 +61,7 @@ class Vault:
         try:
             return self._cipher.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], bound_to.encode())
         except InvalidTag:
-            raise VaultError("the data was encrypted with another key, or was changed") from None
+            raise VaultError(
+                "the database was encrypted with another key: give its own (BOOSTS_ENCRYPTION_KEY, or "
+                "encryption.key in --home)"
+            ) from None

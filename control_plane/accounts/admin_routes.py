@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from sqlalchemy import select
 
 from control_plane.accounts import service
@@ -20,9 +20,13 @@ from control_plane.text import Name, Text
 router = APIRouter(prefix="/api/admin/accounts", tags=["operator"], route_class=IdempotentRoute)
 
 
+Email = Annotated[Text, AfterValidator(str.casefold), Field(pattern=r"^[^@\s]+@[^@\s]+$", max_length=320)]
+"""In lower case: however it is written, it is one account."""
+
+
 class NewAccount(Shown):
     name: Name
-    email: Annotated[Text, Field(pattern=r"^[^@\s]+@[^@\s]+$", max_length=320)]
+    email: Email
 
 
 class CreatedAccount(Shown):

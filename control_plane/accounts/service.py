@@ -18,7 +18,7 @@ async def create(
     session: AsyncSession, name: str, email: str, role: Role, now: datetime.datetime
 ) -> tuple[Account, str]:
     """A new account and its management key. Raises ApiError 409 for an email that has one."""
-    account = Account(id=new_id(), name=name, email=email.casefold(), role=role, created_at=now)
+    account = Account(id=new_id(), name=name, email=email, role=role, created_at=now)
     session.add(account)
     try:
         await session.flush()
@@ -36,7 +36,8 @@ def add_key(session: AsyncSession, account: Account, now: datetime.datetime) -> 
 
 async def new_operator_key(session: AsyncSession, email: str, now: datetime.datetime) -> str:
     """A management key for the operator with this email, who is made if need be. Raises ApiError 409."""
-    account = await session.scalar(select(Account).where(Account.email == email.casefold()))
+    email = email.casefold()
+    account = await session.scalar(select(Account).where(Account.email == email))
     if account is None:
         return (await create(session, email.partition("@")[0], email, Role.OPERATOR, now))[1]
     if account.role is not Role.OPERATOR:

@@ -42,8 +42,7 @@ class IdempotentCall(Table):
 
     __tablename__ = "idempotent_calls"
 
-    caller: Mapped[str] = mapped_column(String(64), primary_key=True)
-    """SHA-256 of the caller's key."""
+    account_id: Mapped[str] = mapped_column(ForeignKey("accounts.id"), primary_key=True)
     key: Mapped[str] = mapped_column(String(255), primary_key=True)
     request_sha256: Mapped[str] = mapped_column(String(64))
     started_at: Mapped[datetime.datetime] = mapped_column(index=True)

@@ -13,7 +13,7 @@ from control_plane.money import show
 from control_plane.pledges.tables import SUBSCRIBED_STATES, Pledge
 from control_plane.pools.tables import Pool
 from control_plane.routing import IdempotentRoute
-from control_plane.text import Name
+from control_plane.text import Name, Reference
 
 router = APIRouter(prefix="/api/billing", tags=["billing"], route_class=IdempotentRoute)
 
@@ -64,14 +64,14 @@ async def portal(context: Context, caller: Caller) -> Success[Portal]:
 
 
 @router.post("/pledges/{pledge_id}/cancel", responses=documented(401, 404))
-async def cancel(context: Context, caller: Caller, pledge_id: str) -> Success[PoolPledge]:
+async def cancel(context: Context, caller: Caller, pledge_id: Reference) -> Success[PoolPledge]:
     """End a subscription with its paid period; the key works until then."""
     pledge, pool = await service.end_subscription(context, caller, pledge_id, at_period_end=True)
     return Success(data=_shown(context, pledge, pool))
 
 
 @router.post("/pledges/{pledge_id}/resume", responses=documented(401, 404))
-async def resume(context: Context, caller: Caller, pledge_id: str) -> Success[PoolPledge]:
+async def resume(context: Context, caller: Caller, pledge_id: Reference) -> Success[PoolPledge]:
     """Take a cancellation back, before the paid period is over."""
     pledge, pool = await service.end_subscription(context, caller, pledge_id, at_period_end=False)
     return Success(data=_shown(context, pledge, pool))

@@ -12,7 +12,7 @@ from control_plane.envelope import ApiError
 from control_plane.pledges import transitions
 from control_plane.pledges.tables import SHOWN_STATES, SUBSCRIBED_STATES, Pledge, PledgeState
 from control_plane.pools import service as pools
-from control_plane.pools.tables import Pool
+from control_plane.pools.tables import Pool, PoolState
 
 
 async def put_on_file(context: ControlPlane, account: Account, token: str) -> Card:
@@ -30,6 +30,8 @@ async def put_on_file(context: ControlPlane, account: Account, token: str) -> Ca
         ) from None
     now = context.clock()
     async with context.database.write() as session:
+        # One card at a time.
+        await session.get_one(Account, account.id, with_for_update=True)
         await session.merge(
             PaymentMethod(
                 account_id=account.id, token=token, brand=card.brand, last4=card.last4, updated_at=now
@@ -38,7 +40,7 @@ async def put_on_file(context: ControlPlane, account: Account, token: str) -> Ca
         await session.execute(
             update(Pledge)
             .where(Pledge.account_id == account.id, Pledge.state == PledgeState.PAST_DUE)
-            .values(next_attempt_at=now)
+            .values(retry_now=True)
         )
     return card
 
@@ -58,7 +60,7 @@ async def subscriptions(context: ControlPlane, account: Account) -> list[tuple[P
 async def end_subscription(
     context: ControlPlane, account: Account, pledge_id: str, *, at_period_end: bool
 ) -> tuple[Pledge, Pool]:
-    """Let a subscription end with its paid period, or take that back. What is past due ends at once.
+    """Let a subscription end with its paid period, or take that back. What is not paid for ends at once.
 
     Raises ApiError.
     """
@@ -73,8 +75,10 @@ async def end_subscription(
         if pledge.state not in SUBSCRIBED_STATES:
             raise _not_found()
         pledge.cancel_at_period_end = at_period_end
-        if at_period_end and pledge.state is PledgeState.PAST_DUE:
-            await transitions.cancel(session, pool, pledge, "subscription_ended", context.clock())
+        now = context.clock()
+        assert pledge.current_period_end is not None
+        if at_period_end and pledge.current_period_end <= now and pool.state is not PoolState.PAUSED:
+            await transitions.cancel(session, pool, pledge, "subscription_ended", now)
         return pledge, pool
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import enum
 
-from sqlalchemy import ForeignKey, String
+from sqlalchemy import BigInteger, ForeignKey, String
 from sqlalchemy.orm import Mapped, mapped_column
 
 from control_plane.database import Table, new_id, stored_enum
@@ -54,7 +54,9 @@ class Charge(Table):
     purpose: Mapped[Purpose] = mapped_column(stored_enum(Purpose))
     activation: Mapped[int | None]
     """Of a first month: the pool's attempt to go live that it belongs to."""
-    amount_cents: Mapped[int]
+    amount_cents: Mapped[int] = mapped_column(BigInteger)
+    token: Mapped[str | None] = mapped_column(String(200))
+    """The card it was first tried with. It stays: with another one it would be another charge."""
     state: Mapped[ChargeState] = mapped_column(stored_enum(ChargeState), index=True)
     decline_code: Mapped[str | None] = mapped_column(String(50))
     created_at: Mapped[datetime.datetime]
@@ -68,7 +70,7 @@ class LedgerEntry(Table):
 
     idempotency_key: Mapped[str] = mapped_column(String(100), primary_key=True)
     token: Mapped[str] = mapped_column(String(200))
-    amount_cents: Mapped[int]
+    amount_cents: Mapped[int] = mapped_column(BigInteger)
     decline_code: Mapped[str | None] = mapped_column(String(50))
     refunded: Mapped[bool] = mapped_column(default=False)
     created_at: Mapped[datetime.datetime]

@@ -41,8 +41,9 @@ from control_plane.throughput import service as throughput
 router = APIRouter(prefix="/internal", tags=["agents"])
 _log = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 8 * 1024 * 1024
-"""A hundred reports of two hundred seats and more; an agent with larger ones sends fewer at once."""
+MAX_BODY_BYTES = 4 * 1024 * 1024
+"""One report on the most pledges that a node can have. A query names every pledge of a batch, and
+PostgreSQL takes 32,767 names: fewer than that fit into this."""
 MAX_NUMBER = throughput.MAX_COUNT
 LOOK_EVERY_S = 0.25
 """How often a held request looks for a new revision: so long a new pledge may wait for its node."""

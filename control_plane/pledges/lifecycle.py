@@ -26,6 +26,7 @@ from control_plane.pledges.tables import SUBSCRIBED_STATES, Pledge, PledgeState
 from control_plane.pools import service as pools
 from control_plane.pools.tables import Pool, PoolState
 from control_plane.routing import KEPT
+from control_plane.throughput.tables import ThroughputMinute
 
 log = logging.getLogger("boosts.lifecycle")
 
@@ -34,6 +35,8 @@ HANDLER_TIME = datetime.timedelta(seconds=30)
 """Charges of a hold are left to the request that made them for this long."""
 HOLD_TIME = datetime.timedelta(minutes=15)
 """A hold that could not be paid by then, because the gateway was away, ends."""
+MINUTES_KEPT = datetime.timedelta(days=92)
+"""Throughput by minute: the last quarter."""
 _GATEWAY_REST = datetime.timedelta(seconds=5)
 _AT_ONCE = 8
 """Charges under way at the same time."""
@@ -67,7 +70,7 @@ class Lifecycle:
             self._settle_charges,
             self._decide_activations,
             self._place_pledges,
-            self._forget_old_calls,
+            self._forget,
         )
         for step in steps:
             await step()
@@ -187,7 +190,7 @@ class Lifecycle:
         live = select(Pool.id).where(Pool.state == PoolState.ACTIVE)
         charging = select(Charge.id).where(Charge.pledge_id == Pledge.id, Charge.state == ChargeState.PENDING)
         due = (Pledge.state == PledgeState.ACTIVE) & (Pledge.current_period_end <= now)
-        again = (Pledge.state == PledgeState.PAST_DUE) & (Pledge.next_attempt_at <= now)
+        again = (Pledge.state == PledgeState.PAST_DUE) & (Pledge.retry_now | (Pledge.next_attempt_at <= now))
         condition = or_(due, again) & Pledge.pool_id.in_(live) & ~exists(charging)
 
         async def begin(session: AsyncSession, pool: Pool, pledge: Pledge) -> None:
@@ -196,6 +199,7 @@ class Lifecycle:
             if pledge.cancel_at_period_end:
                 await transitions.cancel(session, pool, pledge, "subscription_ended", now)
             else:
+                pledge.retry_now = False
                 session.add(new_charge(pledge, Purpose.RENEWAL, now))
 
         await self._each_pledge(condition, begin)
@@ -207,6 +211,7 @@ class Lifecycle:
         if self._gateway_rests_until is not None and now < self._gateway_rests_until:
             return
         left_to_handlers = (Pledge.state == PledgeState.HELD) & (Charge.created_at > now - HANDLER_TIME)
+        paused = Pledge.pool_id.in_(select(Pool.id).where(Pool.state == PoolState.PAUSED))
         async with self._context.database.read() as session:
             charge_ids = list(
                 await session.scalars(
@@ -215,7 +220,7 @@ class Lifecycle:
                     .where(
                         or_(
                             Charge.state == ChargeState.REFUNDING,
-                            (Charge.state == ChargeState.PENDING) & ~left_to_handlers,
+                            (Charge.state == ChargeState.PENDING) & ~left_to_handlers & ~paused,
                         )
                     )
                     .order_by(Charge.created_at, Charge.id)
@@ -250,13 +255,18 @@ class Lifecycle:
 
         await self._each_pledge(condition, place)
 
-    async def _forget_old_calls(self) -> None:
-        old = IdempotentCall.started_at < self._now() - KEPT
-        async with self._context.database.read() as session:
-            if not await session.scalar(select(exists(select(IdempotentCall.key).where(old)))):
-                return
-        async with self._context.database.write() as session:
-            await session.execute(delete(IdempotentCall).where(old))
+    async def _forget(self) -> None:
+        """What has been kept for as long as it was promised."""
+        now = self._now()
+        for table, old in (
+            (IdempotentCall, IdempotentCall.started_at < now - KEPT),
+            (ThroughputMinute, ThroughputMinute.minute < now - MINUTES_KEPT),
+        ):
+            async with self._context.database.read() as session:
+                if not await session.scalar(select(exists(select(table).where(old)))):
+                    continue
+            async with self._context.database.write() as session:
+                await session.execute(delete(table).where(old))
 
     # ---- how ---------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from control_plane.pools import service as pools
 from control_plane.pools.models import hour_slots
 from control_plane.pools.tables import Pool
 from control_plane.routing import IdempotentRoute
+from control_plane.text import Reference
 
 router = APIRouter(prefix="/api/pools/{id_or_slug}", tags=["pools"], route_class=IdempotentRoute)
 
@@ -65,7 +66,7 @@ class Reserved(Shown):
     monthly_price: str
     slot_count: int
     """Hour slots: 8 for each seat of each block."""
-    key: ShownKey | None
+    key: ShownKey | None = None
     """Left out until the pool is live."""
 
 
@@ -90,29 +91,29 @@ class Withdrawn(Shown):
     canceled: bool
 
 
-@router.post("/subscribe", responses=documented(401, 402, 404, 409, 503), response_model_exclude_none=True)
+@router.post("/subscribe", responses=documented(401, 402, 404, 409, 503), response_model_exclude_unset=True)
 async def subscribe(
-    context: Context, caller: Caller, id_or_slug: str, body: Subscription
+    context: Context, caller: Caller, id_or_slug: Reference, body: Subscription
 ) -> Success[Reserved]:
     """Reserve seats. The fee of $1.00 is charged to the card on file, in a live pool the first month too."""
     blocks = tuple(block for block in Block if block in body.blocks)
     pledge = await service.subscribe(context, caller, id_or_slug, service.Order(blocks, body.quantity))
     async with context.database.read() as session:
         pool = await pools.find(session, id_or_slug)
-        return Success(
-            data=Reserved(
-                id=pledge.id,
-                pool_id=pool.id,
-                status=pledge.state.value,
-                monthly_price=show(pledge.price_cents),
-                slot_count=HOURS * pledge.quantity * len(pledge.blocks),
-                key=await _key(session, context, pool, pledge),
-            )
+        key = await _key(session, context, pool, pledge)
+        reserved = Reserved(
+            id=pledge.id,
+            pool_id=pool.id,
+            status=pledge.state.value,
+            monthly_price=show(pledge.price_cents),
+            slot_count=HOURS * pledge.seats,
+            **({} if key is None else {"key": key}),
         )
+        return Success(success=True, data=reserved)
 
 
 @router.get("/my-pledge", responses=documented(401, 404))
-async def my_pledge(context: Context, caller: Caller, id_or_slug: str) -> Success[ShownPledge]:
+async def my_pledge(context: Context, caller: Caller, id_or_slug: Reference) -> Success[ShownPledge]:
     """The caller's pledge in this pool, until it ends."""
     async with context.database.read() as session:
         pool = await pools.find(session, id_or_slug)
@@ -136,7 +137,7 @@ async def my_pledge(context: Context, caller: Caller, id_or_slug: str) -> Succes
 
 
 @router.get("/my-key", responses=documented(401, 404))
-async def my_key(context: Context, caller: Caller, id_or_slug: str) -> Success[ShownKey]:
+async def my_key(context: Context, caller: Caller, id_or_slug: Reference) -> Success[ShownKey]:
     """The key alone; 404 until the pool is live."""
     async with context.database.read() as session:
         pool = await pools.find(session, id_or_slug)
@@ -148,7 +149,7 @@ async def my_key(context: Context, caller: Caller, id_or_slug: str) -> Success[S
 
 
 @router.delete("/pledge", responses=documented(401, 404, 409))
-async def withdraw(context: Context, caller: Caller, id_or_slug: str) -> Success[Withdrawn]:
+async def withdraw(context: Context, caller: Caller, id_or_slug: Reference) -> Success[Withdrawn]:
     """Cancel a pledge that is not active yet; its seats are free again, the fee is not refunded."""
     await service.withdraw(context, caller, id_or_slug)
     return Success(data=Withdrawn(canceled=True))

@@ -47,6 +47,12 @@ async def subscribe(context: ControlPlane, account: Account, id_or_slug: str, or
     await _settle_all(context, pledge.id)
     async with context.database.read() as session:
         pledge = await session.get_one(Pledge, pledge.id)
+        if pledge.state is PledgeState.CANCELED and pledge.ended_because != "card_declined":
+            raise ApiError(
+                409,
+                "pledge_ended",
+                f"Your reservation was {pledge.ended_because} while it was being made; subscribe again.",
+            )
         if pledge.state is PledgeState.CANCELED:
             code = await session.scalar(
                 select(Charge.decline_code).where(

@@ -57,14 +57,23 @@ async def settle(context: ControlPlane, charge_id: str) -> None:
     async with context.database.read() as session:
         charge = await session.get_one(Charge, charge_id)
         pledge = await session.get_one(Pledge, charge.pledge_id)
-        card = await session.get_one(PaymentMethod, pledge.account_id)
     if charge.state is ChargeState.REFUNDING:
         await context.gateway.refund(charge.id)
         await _mark_refunded(context, charge.id)
     elif charge.state is ChargeState.PENDING:
         description = f"GPU Boosts {charge.purpose.value.replace('_', ' ')}, pledge {pledge.id}"
-        outcome = await context.gateway.charge(charge.id, card.token, charge.amount_cents, description)
+        token = charge.token or await _take_card(context, charge.id, pledge.account_id)
+        outcome = await context.gateway.charge(charge.id, token, charge.amount_cents, description)
         await _follow(context, charge.id, pledge.pool_id, outcome)
+
+
+async def _take_card(context: ControlPlane, charge_id: str, account_id: str) -> str:
+    """The card on file; from here on it is this charge's."""
+    async with context.database.write() as session:
+        charge = await session.get_one(Charge, charge_id, with_for_update=True)
+        if charge.token is None:
+            charge.token = (await session.get_one(PaymentMethod, account_id)).token
+        return charge.token
 
 
 async def _mark_refunded(context: ControlPlane, charge_id: str) -> None:
@@ -100,7 +109,7 @@ async def _follow(context: ControlPlane, charge_id: str, pool_id: str, outcome: 
                 if outcome.paid:
                     transitions.renew(pool, pledge)
                 else:
-                    await transitions.fail_renewal(session, pool, pledge, now)
+                    await transitions.fail_renewal(session, pool, pledge, charge, now)
 
 
 async def _fee_paid(settled: _Settled) -> None:

@@ -6,7 +6,7 @@ import datetime
 import enum
 from typing import Any
 
-from sqlalchemy import JSON, ForeignKey, Index, String
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, String
 from sqlalchemy.orm import Mapped, mapped_column
 
 from contract.blocks import Block
@@ -45,7 +45,7 @@ class Pledge(Table):
     """Values of Block, in the day's order."""
     quantity: Mapped[int]
     """Seats in each of the blocks."""
-    price_cents: Mapped[int]
+    price_cents: Mapped[int] = mapped_column(BigInteger)
     """Of all its seats for a month."""
     created_at: Mapped[datetime.datetime]
     billing_anchor: Mapped[datetime.datetime | None]
@@ -55,9 +55,11 @@ class Pledge(Table):
     current_period_end: Mapped[datetime.datetime | None] = mapped_column(index=True)
     cancel_at_period_end: Mapped[bool] = mapped_column(default=False)
     failed_renewals: Mapped[int] = mapped_column(default=0)
-    """Declined in a row for the period that is due."""
+    """Declined in a row, on schedule, for the period that is due."""
     next_attempt_at: Mapped[datetime.datetime | None]
     """When a declined renewal is tried again."""
+    retry_now: Mapped[bool] = mapped_column(default=False)
+    """Past due, and another card was put on file: it is tried at once, beside the schedule."""
     ended_at: Mapped[datetime.datetime | None]
     ended_because: Mapped[str | None] = mapped_column(String(50))
 

@@ -16,7 +16,7 @@ import datetime
 from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from control_plane.billing.tables import Charge, ChargeState, Purpose
+from control_plane.billing.tables import Charge, ChargeState, PaymentMethod, Purpose
 from control_plane.clock import add_months
 from control_plane.keys import service as keys
 from control_plane.nodes.service import choose_node
@@ -57,12 +57,21 @@ def renew(pool: Pool, pledge: Pledge) -> None:
     pledge.current_period_end = add_months(pledge.billing_anchor, pledge.periods)
     pledge.state = PledgeState.ACTIVE
     pledge.failed_renewals = 0
+    pledge.retry_now = False
     pledge.next_attempt_at = None
     touch(pool)
 
 
-async def fail_renewal(session: AsyncSession, pool: Pool, pledge: Pledge, now: datetime.datetime) -> None:
+async def fail_renewal(
+    session: AsyncSession, pool: Pool, pledge: Pledge, charge: Charge, now: datetime.datetime
+) -> None:
     """The next month was declined: the key is suspended, and in the end the pledge."""
+    card = await session.get_one(PaymentMethod, pledge.account_id)
+    # While the old card was asked, or its answer was on its way, another one was put on file.
+    pledge.retry_now = card.token != charge.token
+    if pledge.next_attempt_at is not None and pledge.next_attempt_at > charge.created_at:
+        # Tried beside the schedule, for a new card: that must not bring the end nearer.
+        return
     pledge.failed_renewals += 1
     if pledge.failed_renewals > len(RETRY_AFTER):
         await cancel(session, pool, pledge, "unpaid", now)

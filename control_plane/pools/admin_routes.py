@@ -17,6 +17,7 @@ from control_plane.pools import service
 from control_plane.pools.models import PoolTerms
 from control_plane.pools.tables import Pool, PoolBlock
 from control_plane.routing import IdempotentRoute
+from control_plane.text import Reference
 
 router = APIRouter(prefix="/api/admin/pools", tags=["operator"], route_class=IdempotentRoute)
 
@@ -99,7 +100,7 @@ async def list_pools(context: Context, operator: Operator) -> Success[list[Admin
 
 
 @router.get("/{id_or_slug}", responses=documented(401, 403, 404))
-async def read_pool(context: Context, operator: Operator, id_or_slug: str) -> Success[AdminPool]:
+async def read_pool(context: Context, operator: Operator, id_or_slug: Reference) -> Success[AdminPool]:
     """One pool, a draft too."""
     return await _shown(context, id_or_slug)
 
@@ -116,7 +117,7 @@ async def create_pool(context: Context, operator: Operator, terms: PoolTerms) ->
 async def edit_pool(
     context: Context,
     operator: Operator,
-    id_or_slug: str,
+    id_or_slug: Reference,
     changes: Annotated[dict[str, Any], Body(description="Fields of a new pool; those left out stay.")],
 ) -> Success[AdminPool]:
     """Change a draft."""
@@ -135,7 +136,7 @@ async def edit_pool(
 
 
 @router.post("/{id_or_slug}/open", responses=documented(401, 403, 404, 409))
-async def open_pool(context: Context, operator: Operator, id_or_slug: str) -> Success[AdminPool]:
+async def open_pool(context: Context, operator: Operator, id_or_slug: Reference) -> Success[AdminPool]:
     """Let customers see the pool and pledge."""
     async with context.database.write() as session:
         pool = await service.find(session, id_or_slug, drafts=True)
@@ -144,7 +145,7 @@ async def open_pool(context: Context, operator: Operator, id_or_slug: str) -> Su
 
 
 @router.post("/{id_or_slug}/pause", responses=documented(401, 403, 404, 409))
-async def pause_pool(context: Context, operator: Operator, id_or_slug: str) -> Success[AdminPool]:
+async def pause_pool(context: Context, operator: Operator, id_or_slug: Reference) -> Success[AdminPool]:
     """Stop selling, charging and serving; paid time stands still."""
     async with context.database.write() as session:
         pool = await service.find(session, id_or_slug, drafts=True)
@@ -153,7 +154,7 @@ async def pause_pool(context: Context, operator: Operator, id_or_slug: str) -> S
 
 
 @router.post("/{id_or_slug}/resume", responses=documented(401, 403, 404, 409))
-async def resume_pool(context: Context, operator: Operator, id_or_slug: str) -> Success[AdminPool]:
+async def resume_pool(context: Context, operator: Operator, id_or_slug: Reference) -> Success[AdminPool]:
     """Go on where the pool was paused."""
     async with context.database.write() as session:
         pool = await service.find(session, id_or_slug, drafts=True)

@@ -12,6 +12,7 @@ from control_plane.pledges.tables import Pledge
 from control_plane.pools import service
 from control_plane.pools.models import PoolDetail, PoolSummary
 from control_plane.pools.tables import Pool, PoolState, Reservation, Seat
+from control_plane.text import Reference
 
 router = APIRouter(prefix="/api/pools", tags=["pools"])
 
@@ -35,7 +36,7 @@ async def list_pools(context: Context, caller: Caller) -> Success[list[PoolSumma
 
 
 @router.get("/{id_or_slug}", responses=documented(401, 404))
-async def read_pool(context: Context, caller: Caller, id_or_slug: str) -> Success[PoolDetail]:
+async def read_pool(context: Context, caller: Caller, id_or_slug: Reference) -> Success[PoolDetail]:
     """One pool with every hour of every seat."""
     async with context.database.read() as session:
         pool = await service.find(session, id_or_slug)

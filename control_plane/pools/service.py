@@ -6,6 +6,7 @@ import datetime
 from collections.abc import Sequence
 
 from sqlalchemy import delete, func, or_, select, update
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from contract.blocks import Block
@@ -86,20 +87,18 @@ async def release_seats(session: AsyncSession, pledge_id: str, now: datetime.dat
 
 async def create(session: AsyncSession, terms: PoolTerms, now: datetime.datetime) -> Pool:
     """A draft. Raises ApiError 409 for a slug that is taken."""
-    await _refuse_taken_slug(session, terms.slug)
     pool = Pool(id=new_id(), state=PoolState.DRAFT, created_at=now)
-    await _set_terms(session, pool, terms)
     session.add(pool)
+    await _set_terms(session, pool, terms)
     return pool
 
 
 async def edit(session: AsyncSession, pool: Pool, terms: PoolTerms) -> None:
     """Replace a draft's terms. Raises ApiError 409 once it is open."""
     _require_state(pool, PoolState.DRAFT, "be edited: what was offered stays as it was offered")
-    if terms.slug != pool.slug:
-        await _refuse_taken_slug(session, terms.slug)
     await session.execute(delete(PoolBlock).where(PoolBlock.pool_id == pool.id))
     await _set_terms(session, pool, terms)
+    touch(pool)
 
 
 async def open_for_pledges(session: AsyncSession, pool: Pool) -> None:
@@ -122,18 +121,23 @@ def pause(pool: Pool, now: datetime.datetime) -> None:
 
 
 async def resume(session: AsyncSession, pool: Pool, now: datetime.datetime) -> None:
-    """paused -> active. Every paid period ends later by the time that was paused."""
+    """paused -> active. Every paid period ends later by the time of it that was paused."""
     _require_state(pool, PoolState.PAUSED, "be resumed")
     assert pool.paused_at is not None
-    paused = now - pool.paused_at
     subscribed = await session.scalars(
-        select(Pledge).where(Pledge.pool_id == pool.id, Pledge.state.in_(SUBSCRIBED_STATES))
+        select(Pledge).where(
+            Pledge.pool_id == pool.id,
+            Pledge.state.in_(SUBSCRIBED_STATES),
+            Pledge.current_period_end > pool.paused_at,
+        )
     )
     for pledge in subscribed:
         assert pledge.billing_anchor is not None
         assert pledge.current_period_end is not None
-        pledge.billing_anchor += paused
-        pledge.current_period_end += paused
+        pledge.current_period_end += now - max(pool.paused_at, pledge.billing_anchor)
+        # Later months are counted from the new end, or the first of them would be short.
+        pledge.billing_anchor = pledge.current_period_end
+        pledge.periods = 0
     pool.state = PoolState.ACTIVE
     pool.paused_at = None
     touch(pool)
@@ -147,11 +151,6 @@ def _require_state(pool: Pool, state: PoolState, what: str) -> None:
             f"Only a pool that is {state.value} can {what}; this one is {pool.state.value}.",
             {"status": pool.state.value},
         )
-
-
-async def _refuse_taken_slug(session: AsyncSession, slug: str) -> None:
-    if await session.scalar(select(Pool.id).where(or_(Pool.slug == slug, Pool.id == slug))):
-        raise ApiError(409, "slug_taken", f"Another pool has the slug {slug!r}.")
 
 
 async def _set_terms(session: AsyncSession, pool: Pool, terms: PoolTerms) -> None:
@@ -170,3 +169,7 @@ async def _set_terms(session: AsyncSession, pool: Pool, terms: PoolTerms) -> Non
         PoolBlock(pool_id=pool.id, block=block, seats=offer.seats, price_cents=offer.price_cents)
         for block, offer in terms.blocks.items()
     )
+    try:
+        await session.flush()
+    except IntegrityError:
+        raise ApiError(409, "slug_taken", f"Another pool has the slug {terms.slug!r}.") from None

@@ -45,7 +45,7 @@ class ThroughputMinute(Table):
     __tablename__ = "throughput_minutes"
 
     pledge_id: Mapped[str] = mapped_column(ForeignKey("pledges.id"), primary_key=True)
-    minute: Mapped[datetime.datetime] = mapped_column(primary_key=True)
+    minute: Mapped[datetime.datetime] = mapped_column(primary_key=True, index=True)
     requests: Mapped[int] = mapped_column(BigInteger)
     input_tokens: Mapped[int] = mapped_column(BigInteger)
     output_tokens: Mapped[int] = mapped_column(BigInteger)

@@ -21,23 +21,10 @@ def upgrade() -> None:
         sa.UniqueConstraint("email", name=op.f("uq_accounts_email")),
     )
     op.create_table(
-        "idempotent_calls",
-        sa.Column("caller", sa.String(length=64), nullable=False),
-        sa.Column("key", sa.String(length=255), nullable=False),
-        sa.Column("request_sha256", sa.String(length=64), nullable=False),
-        sa.Column("started_at", sa.DateTime(timezone=True), nullable=False),
-        sa.Column("status", sa.Integer(), nullable=True),
-        sa.Column("answer", sa.LargeBinary(), nullable=True),
-        sa.PrimaryKeyConstraint("caller", "key", name=op.f("pk_idempotent_calls")),
-    )
-    with op.batch_alter_table("idempotent_calls", schema=None) as batch_op:
-        batch_op.create_index(batch_op.f("ix_idempotent_calls_started_at"), ["started_at"], unique=False)
-
-    op.create_table(
         "ledger_entries",
         sa.Column("idempotency_key", sa.String(length=100), nullable=False),
         sa.Column("token", sa.String(length=200), nullable=False),
-        sa.Column("amount_cents", sa.Integer(), nullable=False),
+        sa.Column("amount_cents", sa.BigInteger(), nullable=False),
         sa.Column("decline_code", sa.String(length=50), nullable=True),
         sa.Column("refunded", sa.Boolean(), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
@@ -70,6 +57,22 @@ def upgrade() -> None:
         sa.Column("id", sa.String(length=36), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_store")),
     )
+    op.create_table(
+        "idempotent_calls",
+        sa.Column("account_id", sa.String(length=36), nullable=False),
+        sa.Column("key", sa.String(length=255), nullable=False),
+        sa.Column("request_sha256", sa.String(length=64), nullable=False),
+        sa.Column("started_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("status", sa.Integer(), nullable=True),
+        sa.Column("answer", sa.LargeBinary(), nullable=True),
+        sa.ForeignKeyConstraint(
+            ["account_id"], ["accounts.id"], name=op.f("fk_idempotent_calls_account_id_accounts")
+        ),
+        sa.PrimaryKeyConstraint("account_id", "key", name=op.f("pk_idempotent_calls")),
+    )
+    with op.batch_alter_table("idempotent_calls", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_idempotent_calls_started_at"), ["started_at"], unique=False)
+
     op.create_table(
         "management_keys",
         sa.Column("id", sa.String(length=36), nullable=False),
@@ -171,7 +174,7 @@ def upgrade() -> None:
         sa.Column("state", sa.String(length=20), nullable=False),
         sa.Column("blocks", sa.JSON(), nullable=False),
         sa.Column("quantity", sa.Integer(), nullable=False),
-        sa.Column("price_cents", sa.Integer(), nullable=False),
+        sa.Column("price_cents", sa.BigInteger(), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("billing_anchor", sa.DateTime(timezone=True), nullable=True),
         sa.Column("periods", sa.Integer(), nullable=False),
@@ -179,6 +182,7 @@ def upgrade() -> None:
         sa.Column("cancel_at_period_end", sa.Boolean(), nullable=False),
         sa.Column("failed_renewals", sa.Integer(), nullable=False),
         sa.Column("next_attempt_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("retry_now", sa.Boolean(), nullable=False),
         sa.Column("ended_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("ended_because", sa.String(length=50), nullable=True),
         sa.ForeignKeyConstraint(["account_id"], ["accounts.id"], name=op.f("fk_pledges_account_id_accounts")),
@@ -233,7 +237,8 @@ def upgrade() -> None:
         sa.Column("pledge_id", sa.String(length=36), nullable=False),
         sa.Column("purpose", sa.String(length=20), nullable=False),
         sa.Column("activation", sa.Integer(), nullable=True),
-        sa.Column("amount_cents", sa.Integer(), nullable=False),
+        sa.Column("amount_cents", sa.BigInteger(), nullable=False),
+        sa.Column("token", sa.String(length=200), nullable=True),
         sa.Column("state", sa.String(length=20), nullable=False),
         sa.Column("decline_code", sa.String(length=50), nullable=True),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
@@ -281,4 +286,6 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("pledge_id", "minute", name=op.f("pk_throughput_minutes")),
     )
+    with op.batch_alter_table("throughput_minutes", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_throughput_minutes_minute"), ["minute"], unique=False)
     op.get_bind().execute(sa.text("INSERT INTO store (id) VALUES (:id)"), {"id": str(uuid.uuid4())})
