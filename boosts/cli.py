@@ -1,4 +1,4 @@
-"""`boosts`: run a demo node, serve a model, make keys, run benchmarks.
+"""`boosts`: run the whole stack or one part of it, buy and operate seats, make keys, run benchmarks.
 
 Commands import what they need when they run, so that `boosts --help` answers at once.
 """
@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
+
+from boosts.admin_cli import admin
+from boosts.demo_file import home_folder
+from boosts.pools_cli import billing, pools
 
 app = typer.Typer(
     help="Guaranteed inference throughput on shared GPUs.",
@@ -20,6 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 keys = typer.Typer(help="Boost keys for an entitlements file.", no_args_is_help=True)
+app.add_typer(pools, name="pools")
+app.add_typer(billing, name="billing")
+app.add_typer(admin, name="admin")
 app.add_typer(keys, name="keys")
 
 # These commands have a parser of their own, `--help` included, and get their arguments as they are.
@@ -37,32 +43,46 @@ def run(
         typer.Argument(metavar="[-- VLLM FLAGS]", help="vLLM's own flags, behind a double dash"),
     ] = None,
 ) -> None:
-    """Start a demo node in the foreground: vLLM, a model, and seats with their keys.
+    """Start the whole stack in the foreground: control plane, node, and a demo pool that is live.
 
-    Ports and data come from the environment: BOOSTS_INFERENCE_PORT (8001), BOOSTS_STATS_PORT (8002),
-    BOOSTS_HOME (var/). Ctrl-C stops everything.
+    Ports and data come from the environment: BOOSTS_CONTROL_PLANE_PORT (8000), BOOSTS_INFERENCE_PORT
+    (8001), BOOSTS_STATS_PORT (8002), BOOSTS_AGENT_PORT (8003), BOOSTS_HOME (var/). BOOSTS_DEMO_POOL names
+    a JSON file whose fields replace those of the demo pool. Data is kept for the next run; Ctrl-C stops
+    everything.
 
     \b
     examples:
       boosts run
-      BOOSTS_INFERENCE_PORT=9001 BOOSTS_STATS_PORT=9002 boosts run
+      BOOSTS_HOME=/tmp/boosts BOOSTS_CONTROL_PLANE_PORT=9000 boosts run
       boosts run --model Qwen/Qwen3-0.6B -- --max-num-seqs 16
     """
-    from boosts.embedded import DemoSettings, StackError, run_demo
+    from boosts.embedded import run_stack
+    from boosts.settings import StackError, StackSettings
 
     try:
-        settings = DemoSettings.from_environment(os.environ, model, tuple(engine_flags or ()))
-        raise typer.Exit(run_demo(settings))
+        settings = StackSettings.from_environment(os.environ, model, tuple(engine_flags or ()))
+        raise typer.Exit(run_stack(settings))
     except StackError as error:
         print(f"boosts run: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
 
 
+@app.command("control-plane", context_settings=_PASS_ARGUMENTS)
+def control_plane(context: typer.Context) -> None:
+    """Serve the pools API (boosts control-plane --help)."""
+    _become("control_plane.main", context)
+
+
+@app.command(context_settings=_PASS_ARGUMENTS)
+def node(context: typer.Context) -> None:
+    """Run a node of a pool: the agent, which starts vLLM (boosts node --help)."""
+    _become("agent.main", context)
+
+
 @app.command(context_settings=_PASS_ARGUMENTS)
 def serve(context: typer.Context) -> None:
-    """Serve a model to the seats of an entitlements file (boosts serve --help)."""
-    # In place of this process: the node's children look for its own entry point, and signals reach it.
-    os.execv(sys.executable, [sys.executable, "-m", "serving.main", *context.args])  # noqa: S606 - no shell wanted
+    """Serve a model to the seats of an entitlements file, without an agent (boosts serve --help)."""
+    _become("serving.main", context)
 
 
 @app.command(context_settings=_PASS_ARGUMENTS)
@@ -75,8 +95,7 @@ def bench(context: typer.Context) -> None:
     if wants_model and not any(argument.startswith("--model") for argument in arguments):
         from boosts.demo_model import build_demo_model
 
-        home = Path(os.environ.get("BOOSTS_HOME", "var"))
-        arguments += ["--model", str(build_demo_model(home / "demo-model"))]
+        arguments += ["--model", str(build_demo_model(home_folder(os.environ) / "demo-model"))]
     raise typer.Exit(bench_main(arguments))
 
 
@@ -95,6 +114,11 @@ def keys_new() -> None:
     key = new_key(KeyKind.BOOST)
     print(f"key         {key}")
     print(f"key_sha256  {key_sha256(key)}")
+
+
+def _become(module: str, context: typer.Context) -> NoReturn:
+    # In place of this process: its children look for its own entry point, and signals reach it.
+    os.execv(sys.executable, [sys.executable, "-m", module, *context.args])  # noqa: S606 - no shell wanted
 
 
 def main() -> None:

@@ -1,195 +1,197 @@
-"""The embedded stack of `boosts run`: one node with demo seats, as a child process in the foreground.
+"""The embedded stack of `boosts run`: control plane, agent and serving as child processes in the foreground.
 
-Everything it keeps lies in one folder (`BOOSTS_HOME`): the demo model, the entitlements with their
-keys, the log. A second run finds it all again.
+Everything it keeps lies in one folder (`BOOSTS_HOME`): the demo model, the control plane's database,
+the node's home, the logs. A second run finds it all again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import fcntl
 import importlib.metadata
-import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
+import httpx
+
+from agent.home import StartError
+from agent.identity import load_identity
+from boosts.children import ROOT, Child, kill_serving, last_lines
+from boosts.client import AdminPool, Client, ClientError
 from boosts.demo_model import build_demo_model
-from contract.blocks import Block
-from contract.entitlements import (
-    BlockTime,
-    Entitlements,
-    PledgeEntitlement,
-    PledgeStatus,
-    PoolStatus,
-    PoolTerms,
-    parse_entitlements,
-)
-from contract.errors import ContractError
-from contract.keys import KeyKind, key_sha256, new_key
-from serving.family import stop_with_parent
+from boosts.demo_pool import OPERATOR_EMAIL, find_keys, open_pool, take_seats
+from boosts.launch import Launch
+from boosts.progress import Progress
+from boosts.settings import HOST, StackError, StackSettings
 
-DEMO_SEATS = ("demo", "quiet", "noisy")
-"""Pledges of the demo pool, each with a key of its own."""
-
-_HOST = "127.0.0.1"
+_CONTROL_PLANE_LOG = "control-plane.log"
 _DRAIN_S = 3
-_STOP_S = 8.0
-
-_STAGES = (
-    ("Starting to load model", "loading the model"),
-    ("Loading weights took", "preparing the engine"),
-    ("GPU KV cache size", "warming up"),
-    ("Available routes are", "starting the API server"),
-)
-"""What vLLM's log says at which stage of a start."""
+# Together less than the ten seconds after which whoever stops us may lose patience.
+_AGENT_STOP_S = 6.5
+_CONTROL_PLANE_STOP_S = 2.0
+_START_S = 120.0
+_TEND_EVERY_S = 0.25
 
 
-class StackError(Exception):
-    """The stack cannot run; the message says what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class DemoSettings:
-    """Where the demo node keeps its data and where it listens."""
-
-    home: Path
-    inference_port: int
-    stats_port: int
-    model: str | None
-    """None for the demo model."""
-    engine_flags: tuple[str, ...] = ()
-
-    @classmethod
-    def from_environment(
-        cls, environment: Mapping[str, str], model: str | None, engine_flags: tuple[str, ...]
-    ) -> DemoSettings:
-        """Read BOOSTS_HOME, BOOSTS_INFERENCE_PORT and BOOSTS_STATS_PORT. Raises StackError."""
-        return cls(
-            home=Path(environment.get("BOOSTS_HOME", "var")).absolute(),
-            inference_port=_port(environment, "BOOSTS_INFERENCE_PORT", 8001),
-            stats_port=_port(environment, "BOOSTS_STATS_PORT", 8002),
-            model=model,
-            engine_flags=engine_flags,
-        )
-
-
-def run_demo(settings: DemoSettings) -> int:
-    """Run the node until SIGINT or SIGTERM; returns the exit status. Raises StackError."""
+def run_stack(settings: StackSettings) -> int:
+    """Run the stack until SIGINT or SIGTERM; returns the exit status. Raises StackError."""
     settings.home.mkdir(parents=True, exist_ok=True)
     with _only_one(settings.home), _stop_on_signals():
-        _refuse_taken_port(settings.inference_port, "BOOSTS_INFERENCE_PORT")
-        _refuse_taken_port(settings.stats_port, "BOOSTS_STATS_PORT")
+        settings.ports.refuse_taken()
+        stack = _Stack(settings)
         try:
-            return _run_node(settings)
+            stack.run()
         except KeyboardInterrupt:
-            print("\nstopped", flush=True)
             return 0
+        except StartError as error:
+            raise StackError(str(error)) from None
+        except ClientError as error:
+            raise StackError(f"{error} (log: {settings.home / _CONTROL_PLANE_LOG})") from None
+        finally:
+            stack.stop()
 
 
-def _run_node(settings: DemoSettings) -> int:
-    model_path = settings.model
-    if model_path is None:
-        print("building the demo model (kept for the next run)", flush=True)
-        model_path = str(build_demo_model(settings.home / "demo-model"))
-    keys = demo_keys(settings.home)
-    log = settings.home / "serving.log"
-    node = _start_node(settings, model_path, log)
-    try:
-        _wait_until_ready(node, settings.stats_port, log)
-        model = _served_name(settings)
-        url = f"http://{_HOST}:{settings.inference_port}"
-        demo = {
-            "inference_url": url,
-            "boost_key": keys["demo"],
-            "model": model,
-            "model_path": model_path,
-            "boost_keys": keys,
-            "stats_url": f"http://{_HOST}:{settings.stats_port}",
+class _Stack:
+    """The processes, and the order in which they come up and go down."""
+
+    def __init__(self, settings: StackSettings) -> None:
+        self._settings = settings
+        self._progress = Progress()
+        self._control_plane: Child | None = None
+        self._agent: Child | None = None
+
+    def run(self) -> NoReturn:
+        """Start everything, then keep it running. Raises StackError and ClientError."""
+        settings, say = self._settings, self._progress.say
+        model_path = self._find_model()
+        self._start_control_plane()
+        keys = find_keys(settings.home, settings.control_plane_url, self._new_operator_key, say)
+        with (
+            Client(settings.control_plane_url, keys.operator) as operator,
+            Client(settings.control_plane_url, keys.customer) as customer,
+        ):
+            pool = open_pool(operator, settings.terms, say)
+            self._start_agent(operator, pool, model_path)
+            take_seats(customer, pool, say)
+            launch = Launch(settings, model_path, keys, self._progress, self._wait)
+            launch.follow(operator, customer)
+        while True:
+            self._wait(_TEND_EVERY_S)
+
+    def stop(self) -> None:
+        """End everything, the agent first: what it drains it still reports."""
+        if self._agent is not None:
+            self._progress.say("stopping")
+            self._agent.stop(_AGENT_STOP_S)
+            kill_serving(self._settings.node_home / "serving.json")
+        if self._control_plane is not None:
+            self._control_plane.stop(_CONTROL_PLANE_STOP_S)
+        self._agent = self._control_plane = None
+
+    def _find_model(self) -> str:
+        if self._settings.model is not None:
+            return self._settings.model
+        folder = self._settings.home / "demo-model"
+        if not folder.exists():
+            self._progress.say("building the demo model (kept for the next run)")
+        return str(build_demo_model(folder))
+
+    def _start_control_plane(self) -> None:
+        settings = self._settings
+        log = settings.home / _CONTROL_PLANE_LOG
+        command = [
+            *(*self._control_plane_command, "--host", HOST, "--port", str(settings.ports.control_plane)),
+            *("--public-url", settings.control_plane_url),
+        ]
+        self._control_plane = Child("the control plane", command, os.environ, log, self._progress.say)
+        url = f"{settings.control_plane_url}/readyz"
+        self._wait_until(lambda: _answers(url), "starting the control plane", log)
+        self._control_plane.proven = True
+        self._progress.say(f"control plane: {settings.control_plane_url}")
+
+    @property
+    def _control_plane_command(self) -> tuple[str, ...]:
+        home = self._settings.home / "control-plane"
+        return sys.executable, "-m", "control_plane.main", "--home", str(home)
+
+    def _new_operator_key(self) -> str:
+        made = subprocess.run(
+            [*self._control_plane_command, "--new-operator", OPERATOR_EMAIL],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=_START_S,
+            check=False,
+        )
+        if made.returncode != 0:
+            raise StackError(f"cannot make an operator's account:\n{made.stderr.strip()}")
+        return made.stdout.strip()
+
+    def _start_agent(self, operator: Client, pool: AdminPool, model_path: str) -> None:
+        settings, ports, home = self._settings, self._settings.ports, self._settings.node_home
+        join = self._join_token(operator, pool)
+        command = [
+            *(sys.executable, "-m", "agent.main", "--control-plane", settings.control_plane_url),
+            *("--home", str(home), "--base-url", settings.inference_url, "--host", HOST),
+            *("--port", str(ports.inference), "--stats-port", str(ports.stats)),
+            *("--agent-port", str(ports.agent), "--model", model_path, "--drain-s", str(_DRAIN_S)),
+            "--",
+            *(_cpu_flags() if _on_cpu() else ()),
+            *settings.engine_flags,
+        ]
+        environment = {
+            **(_cpu_environment() if _on_cpu() else {}),
+            "VLLM_NO_USAGE_STATS": "1",
+            **os.environ,
+            **({"BOOSTS_JOIN_TOKEN": join} if join else {}),
         }
-        _replace(settings.home / "demo.json", json.dumps(demo, indent=2) + "\n", mode=0o600)
-        print(_welcome(url, keys["demo"], model, settings.home), flush=True)
-        status = node.wait()
-        raise StackError(f"the node ended by itself (status {status}):\n{_last_lines(log)}")
-    finally:
-        _stop_node(node)
+        log = home / "agent.log"
+        self._agent = Child("the agent", command, environment, log, self._progress.say)
+        url = f"{settings.agent_url}/healthz"
+        self._wait_until(lambda: load_identity(home) is not None and _answers(url), "starting the agent", log)
+        self._agent.proven = True
+        self._progress.say(f"agent: {settings.agent_url} (its folder, with all logs: {home})")
+
+    def _join_token(self, operator: Client, pool: AdminPool) -> str | None:
+        """A token to join the pool with, unless the control plane knows the node already."""
+        home = self._settings.node_home
+        identity = load_identity(home)
+        if identity is not None:
+            if any(node["id"] == identity.node_id for node in operator.nodes()):
+                return None
+            self._progress.say("this control plane does not know the node in that folder: it joins anew")
+            (home / "node.json").unlink()
+        return operator.new_join_token(pool["id"])["joinToken"]
+
+    def _wait_until(self, condition: Callable[[], bool], what: str, log: Path) -> None:
+        deadline = time.monotonic() + _START_S
+        while not condition():
+            self._progress.show(what)
+            self._wait(_TEND_EVERY_S)
+            if time.monotonic() > deadline:
+                raise StackError(f"{what} took more than {_START_S:.0f} s (log: {log}):\n{last_lines(log)}")
+        self._progress.end()
+
+    def _wait(self, seconds: float) -> None:
+        """Let time pass, and see to the processes meanwhile."""
+        time.sleep(seconds)
+        for child in (self._control_plane, self._agent):
+            if child is not None:
+                child.tend()
 
 
-def demo_keys(home: Path) -> dict[str, str]:
-    """The demo seats' keys by pledge, kept from the last run or made new with their entitlements."""
-    kept = home / "demo-keys.json"
-    entitlements = home / "entitlements.json"
-    with contextlib.suppress(OSError, ValueError, KeyError, ContractError):
-        keys = {name: str(json.loads(kept.read_text())[name]) for name in DEMO_SEATS}
-        known = {pledge.key_sha256 for pledge in parse_entitlements(entitlements.read_bytes()).pledges}
-        if known >= {key_sha256(key) for key in keys.values()}:
-            return keys
-    keys = {name: new_key(KeyKind.BOOST) for name in DEMO_SEATS}
-    _replace(kept, json.dumps(keys, indent=2) + "\n", mode=0o600)
-    _replace(entitlements, _demo_entitlements(keys).to_json() + "\n")
-    return keys
-
-
-def _demo_entitlements(keys: Mapping[str, str]) -> Entitlements:
-    pledges = tuple(
-        PledgeEntitlement(
-            pledge_id=name,
-            key_sha256=key_sha256(key),
-            status=PledgeStatus.ACTIVE,
-            quantity=1,
-            rpm_limit=6_000,
-            tpm_limit=10_000_000,
-            blocks=tuple(BlockTime.of(block) for block in Block),
-            valid_until=datetime.datetime(2100, 1, 1, tzinfo=datetime.UTC),
-        )
-        for name, key in keys.items()
-    )
-    pool = PoolTerms(slug="demo", status=PoolStatus.ACTIVE, guarantee_tok_s=20.0, prefill_tok_s=1000.0)
-    revision = max(1, int(time.time()))
-    return Entitlements(version=1, store_id="demo", revision=revision, pool=pool, pledges=pledges)
-
-
-def _served_name(settings: DemoSettings) -> str:
-    return settings.model or "demo"
-
-
-def _start_node(settings: DemoSettings, model_path: str, log: Path) -> subprocess.Popen[bytes]:
-    command = [
-        *(sys.executable, "-m", "serving.main", "--model", model_path),
-        *("--served-model-name", _served_name(settings)),
-        *("--entitlements", str(settings.home / "entitlements.json")),
-        *("--host", _HOST, "--port", str(settings.inference_port)),
-        *("--stats-port", str(settings.stats_port), "--drain-s", str(_DRAIN_S)),
-        "--",
-        *(_cpu_flags() if _on_cpu() else ()),
-        *settings.engine_flags,
-    ]
-    environment = {**(_cpu_environment() if _on_cpu() else {}), "VLLM_NO_USAGE_STATS": "1", **os.environ}
-    # A process group of its own: Ctrl-C reaches us alone, and we stop the whole group in order.
-    with log.open("wb") as output:
-        return subprocess.Popen(
-            command,
-            env=environment,
-            cwd=Path(__file__).parent.parent,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            # Not a session: Linux shares the processor between sessions, not processes (autogroup), and
-            # the busy engine would starve its own clients on the same machine.
-            process_group=0,
-            # Even a killed `boosts run` leaves no node behind.
-            preexec_fn=stop_with_parent,  # noqa: PLW1509 - this process has one thread
-        )
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=2.0, trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def _on_cpu() -> bool:
@@ -214,52 +216,6 @@ def _cpu_environment() -> dict[str, str]:
     }
 
 
-def _wait_until_ready(node: subprocess.Popen[bytes], stats_port: int, log: Path) -> None:
-    """Show what the node is doing until it answers. Raises StackError when it ends instead."""
-    started = time.monotonic()
-    stage = "starting vLLM"
-    live = sys.stdout.isatty()
-    shown = ""
-    while not _ready(stats_port):
-        if node.poll() is not None:
-            raise StackError(f"the node did not start (log: {log}):\n{_last_lines(log)}")
-        stage = _stage(log) or stage
-        if live:
-            print(f"\r\033[K{stage} ({time.monotonic() - started:.0f} s)", end="", flush=True)
-        elif stage != shown:
-            print(f"{stage} ({time.monotonic() - started:.0f} s)", flush=True)
-        shown = stage
-        time.sleep(0.5)
-    end = "\r\033[K" if live else ""
-    print(f"{end}ready after {time.monotonic() - started:.0f} s", flush=True)
-
-
-def _ready(stats_port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://{_HOST}:{stats_port}/readyz", timeout=2) as answer:
-            return bool(answer.status == 200)
-    except (OSError, urllib.error.URLError):
-        return False
-
-
-def _stage(log: Path) -> str | None:
-    text = log.read_text(errors="replace")
-    reached = [stage for mark, stage in _STAGES if mark in text]
-    return reached[-1] if reached else None
-
-
-def _stop_node(node: subprocess.Popen[bytes]) -> None:
-    """SIGTERM, and SIGKILL for what is left of its group after `_STOP_S`."""
-    if node.poll() is None:
-        print("\nstopping the node", flush=True)
-        node.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            node.wait(_STOP_S)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(node.pid, signal.SIGKILL)
-    node.wait()
-
-
 @contextlib.contextmanager
 def _stop_on_signals() -> Iterator[None]:
     def stop(signum: int, frame: FrameType | None) -> None:
@@ -281,51 +237,3 @@ def _only_one(home: Path) -> Iterator[None]:
         except BlockingIOError:
             raise StackError(f"another `boosts run` uses {home}; stop it or set BOOSTS_HOME") from None
         yield
-
-
-def _refuse_taken_port(port: int, variable: str) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((_HOST, port))
-        except OSError as error:
-            raise StackError(f"port {port}: {error.strerror}; set {variable} to a free one") from None
-
-
-def _port(environment: Mapping[str, str], variable: str, default: int) -> int:
-    text = environment.get(variable, str(default))
-    if not text.isdecimal() or not 0 < int(text) < 65_536:
-        raise StackError(f"{variable} is {text!r}; want a port number")
-    return int(text)
-
-
-def _replace(path: Path, text: str, mode: int = 0o644) -> None:
-    """Write a file whole or not at all."""
-    fresh = path.with_name(path.name + ".new")
-    fresh.touch(mode)
-    fresh.write_text(text)
-    fresh.replace(path)
-
-
-def _last_lines(log: Path, lines: int = 15) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
-
-
-def _welcome(url: str, key: str, model: str, home: Path) -> str:
-    return f"""
-The node is up. Try it:
-
-curl {url}/v1/chat/completions \\
-  -H "Authorization: Bearer {key}" -H "Content-Type: application/json" \\
-  -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}], "max_tokens": 32}}'
-
-.venv/bin/python - <<'END'
-from openai import OpenAI
-client = OpenAI(base_url="{url}/v1", api_key="{key}")
-stream = client.chat.completions.create(
-    model="{model}", messages=[{{"role": "user", "content": "Hello"}}], max_tokens=32, stream=True)
-print("".join(chunk.choices[0].delta.content or "" for chunk in stream))
-END
-
-More keys: {home / "demo.json"}   log: {home / "serving.log"}   Ctrl-C stops everything.
-"""

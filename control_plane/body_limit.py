@@ -7,8 +7,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from control_plane.envelope import ApiError
 
 MAX_BODY_BYTES = 1 << 20
-MAX_REPORT_BYTES = 64 << 20
-"""For nodes: a batch of reports on thousands of pledges."""
+MAX_INTERNAL_BODY_BYTES = 4 << 20
+"""For nodes: one report on the most pledges that a node can have. A query names every pledge of a batch,
+and PostgreSQL takes 32,767 names: fewer than that fit into this."""
 
 
 class BodyLimit:
@@ -21,7 +22,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        limit = MAX_REPORT_BYTES if scope["path"].startswith("/internal/") else MAX_BODY_BYTES
+        limit = MAX_INTERNAL_BODY_BYTES if scope["path"].startswith("/internal/") else MAX_BODY_BYTES
         seen = 0
 
         async def bounded() -> Message:

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -51,6 +52,10 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    # uvicorn ends in order on SIGTERM, and then raises it again for whoever had it before: for us.
+    signal.signal(signal.SIGTERM, _interrupt)
+    # Keys and a database full of them: nobody else's to read.
+    os.umask(0o077)
     try:
         home: Path = options.home
         home.mkdir(parents=True, exist_ok=True)
@@ -58,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         vault = Vault.from_text(key) if key else Vault.from_file(home / "encryption.key")
         url = os.environ.get("BOOSTS_DATABASE_URL") or f"sqlite:///{home.absolute()}/control-plane.db"
         return asyncio.run(_run(options, vault, Database(url)))
+    except KeyboardInterrupt:
+        return 0
     except (DatabaseError, VaultError, ApiError, OSError) as error:
         print(f"boosts control-plane: {error}", file=sys.stderr)
         return 1
@@ -95,6 +102,10 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._app.state.stopping.set()
         await super().shutdown(sockets)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _listen(host: str, port: int) -> socket.socket:

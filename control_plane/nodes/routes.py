@@ -41,9 +41,6 @@ from control_plane.throughput import service as throughput
 router = APIRouter(prefix="/internal", tags=["agents"])
 _log = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 4 * 1024 * 1024
-"""One report on the most pledges that a node can have. A query names every pledge of a batch, and
-PostgreSQL takes 32,767 names: fewer than that fit into this."""
 MAX_NUMBER = throughput.MAX_COUNT
 LOOK_EVERY_S = 0.25
 """How often a held request looks for a new revision: so long a new pledge may wait for its node."""
@@ -74,19 +71,13 @@ def _takes(model: type[Document]) -> dict[str, Any]:
 
 
 async def _read(request: Request, model: type[Body]) -> Body:
-    """The request's body. Raises ApiError 413, 422."""
-    body = bytearray()
+    """The request's body. Raises ApiError 400, 422."""
     try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > MAX_BODY_BYTES:
-                raise ApiError(
-                    413, "request_too_large", f"The body is larger than {MAX_BODY_BYTES:,} bytes; send less."
-                )
+        body = await request.body()
     except ClientDisconnect:
         raise ApiError(400, "bad_request", "The body ended before it was complete.") from None
     try:
-        document = model.parse(bytes(body), "body")
+        document = model.parse(body, "body")
     except ContractError as error:
         raise ApiError(422, "invalid_request", str(error)) from None
     if (fault := _unstorable(document)) is not None:
@@ -121,7 +112,7 @@ def _unstorable_part(parts: Iterable[tuple[object, object]]) -> tuple[str, ...] 
 # --- calls ---------------------------------------------------------------------------------------
 
 
-@router.post("/enrol", openapi_extra=_takes(Enrolment), responses=documented(401, 413, 422))
+@router.post("/enrol", openapi_extra=_takes(Enrolment), responses=documented(401, 422))
 async def enrol(request: Request, context: Context) -> Success[Enrolled]:
     """Make a node of whoever holds a join token. The node token is in this answer and nowhere else."""
     enrolment = await _read(request, Enrolment)
@@ -130,7 +121,7 @@ async def enrol(request: Request, context: Context) -> Success[Enrolled]:
     return Success(data=enrolled)
 
 
-@router.post("/register", openapi_extra=_takes(Registration), responses=documented(401, 413, 422))
+@router.post("/register", openapi_extra=_takes(Registration), responses=documented(401, 422))
 async def register(request: Request, context: Context, caller: CallingNode) -> Success[Registered]:
     """Give a started agent its epoch; an agent of an older epoch is refused from now on."""
     registration = await _read(request, Registration)
@@ -139,7 +130,7 @@ async def register(request: Request, context: Context, caller: CallingNode) -> S
     return Success(data=Registered(epoch=epoch, at=context.clock()))
 
 
-@router.post("/heartbeat", openapi_extra=_takes(Heartbeat), responses=documented(401, 409, 413, 422))
+@router.post("/heartbeat", openapi_extra=_takes(Heartbeat), responses=documented(401, 409, 422))
 async def heartbeat(request: Request, context: Context, caller: CallingNode) -> Success[Acknowledged]:
     """Take note of the node's state."""
     beat = await _read(request, Heartbeat)
@@ -148,7 +139,7 @@ async def heartbeat(request: Request, context: Context, caller: CallingNode) -> 
     return Success(data=Acknowledged(at=context.clock()))
 
 
-@router.post("/reports", openapi_extra=_takes(ReportBatch), responses=documented(401, 409, 413, 422))
+@router.post("/reports", openapi_extra=_takes(ReportBatch), responses=documented(401, 409, 422))
 async def store_reports(request: Request, context: Context, caller: CallingNode) -> Success[ReportsStored]:
     """Store throughput reports; one that was stored before changes nothing."""
     batch = await _read(request, ReportBatch)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -168,32 +167,3 @@ def run_serving(node: RunningNode) -> subprocess.CompletedProcess[str]:
     ]
     environment = {**CPU_ENVIRONMENT, **os.environ}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-
-
-def test_boosts_run_starts_a_demo_and_leaves_nothing(tmp_path: Path) -> None:
-    ports = {"BOOSTS_INFERENCE_PORT": str(free_port()), "BOOSTS_STATS_PORT": str(free_port())}
-    environment = {**os.environ, "BOOSTS_HOME": str(tmp_path), **ports}
-    command = [sys.executable, "-m", "boosts", "run"]
-    stack = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, process_group=0)
-    try:
-        wait_for(lambda: (tmp_path / "demo.json").exists() or stack.poll() is not None, 240)
-        demo = json.loads((tmp_path / "demo.json").read_text())
-        assert set(demo) >= {"inference_url", "boost_key", "model", "model_path"}
-        answer = CALLS[0].post(demo["inference_url"], demo["boost_key"])
-        assert answer.status_code == 200, answer.text
-        second = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=60, check=False
-        )
-        assert second.returncode == 1
-        assert "another `boosts run`" in second.stderr
-        members = family(stack.pid)
-        assert len(members) >= 3
-        began = time.monotonic()
-        stack.send_signal(signal.SIGINT)
-        output, _ = stack.communicate(timeout=15)
-        assert time.monotonic() - began < 10
-        assert stack.returncode == 0
-        assert gone(members)
-        assert f"curl {demo['inference_url']}/v1/chat/completions" in output
-    finally:
-        stop_group(stack)
