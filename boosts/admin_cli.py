@@ -293,6 +293,26 @@ def undrain_node(
         print(f"{node} serves again")
 
 
+@nodes.command("retire")
+def retire_node(
+    context: typer.Context, node: Node, url: Url = None, key: Key = None, as_json: AsJson = False
+) -> None:
+    """Give up a node that will not come back; its pledges move to other nodes of the pool.
+
+    Drain it first if it can be reached: it goes on with the orders that it has.
+
+    \b
+    example:
+      boosts admin nodes retire 3f6c...
+    """
+    with connect(context, url, key, Role.OPERATOR) as client:
+        answer = client.retire_node(node)
+    if as_json:
+        show_json(answer)
+    else:
+        print(f"retired {node}; its pledges move to other nodes of the pool")
+
+
 @admin.command("throughput")
 def throughput(
     context: typer.Context,

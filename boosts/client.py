@@ -312,6 +312,9 @@ class Client:
     def undrain_node(self, node: str) -> ShownNode:
         return cast(ShownNode, self._post(f"/api/admin/nodes/{quote(node, safe='')}/undrain"))
 
+    def retire_node(self, node: str) -> ShownNode:
+        return cast(ShownNode, self._post(f"/api/admin/nodes/{quote(node, safe='')}/retire"))
+
     def throughput(self, pool: str, minutes: int) -> PoolThroughput:
         query = {"minutes": minutes}
         return cast(PoolThroughput, self._get(f"{_admin_pool(pool)}/throughput", query))

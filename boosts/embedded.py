@@ -168,6 +168,10 @@ class _Stack:
                 return None
             self._progress.say("this control plane does not know the node in that folder: it joins anew")
             (home / "node.json").unlink()
+        for node in operator.nodes():
+            if node["poolSlug"] == pool["slug"] and node["state"] != "retired":
+                # The demo pool has this one machine: whatever served it before is gone.
+                operator.retire_node(node["id"])
         return operator.new_join_token(pool["id"])["joinToken"]
 
     def _wait_until(self, condition: Callable[[], bool], what: str, log: Path) -> None:

@@ -2,7 +2,8 @@
 
 The agent dials out; nothing dials in. It enrols once with a join token, registers at every start and
 gets an **epoch**: whoever writes with an older epoch has been replaced and is refused (409
-`stale_epoch`). **Orders** are always the whole of what the node shall do, fetched by long poll.
+`stale_epoch`); with one that was never given out, because the database is a restored copy, it registers
+again (409 `unknown_epoch`). **Orders** are always the whole of what the node shall do, fetched by long poll.
 Every answer is `{"success": true, "data": <one of these>}`, every error the pools API's envelope.
 
 | call | body | data |
@@ -13,7 +14,8 @@ Every answer is `{"success": true, "data": <one of these>}`, every error the poo
 | GET /internal/orders?epoch&store_id&revision&wait_s | | Orders, or 204 if nothing is newer after `wait_s` |
 | POST /internal/reports | ReportBatch | ReportsStored |
 
-All but the first carry `Authorization: Bearer node_...`.
+All but the first carry `Authorization: Bearer node_...`. Without orders yet, `store_id` is empty and
+`revision` 0.
 """
 
 from __future__ import annotations
@@ -94,14 +96,14 @@ class ServingState(enum.Enum):
 
 
 class GpuFigures(Document):
-    """One GPU as NVML reports it."""
+    """One GPU as NVML reports it; null is what it does not measure (a slice of a GPU, some cards)."""
 
     name: Name
     memory_used_bytes: Count
     memory_total_bytes: Count
-    utilization_percent: Annotated[int, Field(ge=0, le=100)]
-    power_watts: Annotated[float, Field(ge=0)]
-    temperature_celsius: Count
+    utilization_percent: Annotated[int, Field(ge=0, le=100)] | None
+    power_watts: Annotated[float, Field(ge=0)] | None
+    temperature_celsius: Count | None
 
 
 class Heartbeat(Document):

@@ -49,6 +49,9 @@ def create_app(context: ControlPlane) -> FastAPI:
         lifespan=_lifespan,
         responses=documented(400, 413, 422, 500),
         redirect_slashes=False,
+        # Their pages load scripts from elsewhere; the document itself is at /openapi.json.
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.control_plane = context
     app.state.stopping = asyncio.Event()

@@ -64,9 +64,11 @@ Operator = Annotated[Account, Depends(_operator)]
 async def _node(context: Context, credentials: Credentials) -> Node:
     key = _bearer(credentials, KeyKind.NODE, "node token")
     async with context.database.read() as session:
-        node = await session.scalar(select(Node).where(Node.token_sha256 == key))
+        node = await session.scalar(select(Node).where(Node.token_sha256 == key, ~Node.retired))
     if node is None:
-        raise _unauthorized("This node token is unknown; join again with a new join token.")
+        raise _unauthorized(
+            "This node token is unknown, or its node was retired; join again with a new join token."
+        )
     return node
 
 

@@ -110,6 +110,10 @@ async def _invalid_request(request: Request, error: Exception) -> JSONResponse:
         {"field": ".".join(str(part) for part in fault["loc"]), "message": fault["msg"]}
         for fault in error.errors()[:20]
     ]
+    media_type = request.headers.get("content-type", "")
+    if request.method in ("POST", "PATCH") and not media_type.startswith("application/json"):
+        message = f"Send the body as JSON, with Content-Type: application/json (not {media_type or 'none'})."
+        return ApiError(422, "invalid_request", message, faults).answer()
     named = "; ".join(f"{fault['field']}: {fault['message']}" for fault in faults[:3])
     return ApiError(422, "invalid_request", f"The request is not valid: {named}", faults).answer()
 

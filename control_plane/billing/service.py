@@ -12,7 +12,7 @@ from control_plane.envelope import ApiError
 from control_plane.pledges import transitions
 from control_plane.pledges.tables import SHOWN_STATES, SUBSCRIBED_STATES, Pledge, PledgeState
 from control_plane.pools import service as pools
-from control_plane.pools.tables import Pool, PoolState
+from control_plane.pools.tables import Pool
 
 
 async def put_on_file(context: ControlPlane, account: Account, token: str) -> Card:
@@ -77,7 +77,8 @@ async def end_subscription(
         pledge.cancel_at_period_end = at_period_end
         now = context.clock()
         assert pledge.current_period_end is not None
-        if at_period_end and pledge.current_period_end <= now and pool.state is not PoolState.PAUSED:
+        # What is paid for does not run out while the pool is paused.
+        if at_period_end and pledge.current_period_end <= (pool.paused_at or now):
             await transitions.cancel(session, pool, pledge, "subscription_ended", now)
         return pledge, pool
 

@@ -37,9 +37,10 @@ class ShownGpu(Shown):
     name: str
     memory_used_bytes: int
     memory_total_bytes: int
-    utilization_percent: int
-    power_watts: float
-    temperature_celsius: int
+    utilization_percent: int | None
+    """Null where it is not measured, like the two below."""
+    power_watts: float | None
+    temperature_celsius: int | None
 
 
 class ShownNode(Shown):
@@ -128,6 +129,15 @@ async def drain_node(context: Context, operator: Operator, node_id: Text) -> Suc
 async def undrain_node(context: Context, operator: Operator, node_id: Text) -> Success[ShownNode]:
     """Let the node serve again."""
     return await _set_draining(context, node_id, False)
+
+
+@router.post("/nodes/{node_id}/retire", responses=documented(401, 403, 404, 409))
+async def retire_node(context: Context, operator: Operator, node_id: Text) -> Success[ShownNode]:
+    """Give up a node that will not come back; its pledges move to other nodes of the pool."""
+    async with context.database.write() as session:
+        await service.retire(session, node_id)
+        [node] = await _shown(session, context.clock(), Node.id == node_id)
+        return Success(data=node)
 
 
 async def _set_draining(context: Context, node_id: str, draining: bool) -> Success[ShownNode]:

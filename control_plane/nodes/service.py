@@ -12,7 +12,7 @@ import enum
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from contract.blocks import Block
@@ -31,6 +31,8 @@ _UNREADY = datetime.timedelta(seconds=UNREADY_S)
 class NodeState(enum.Enum):
     """A node as its operator sees it: what is asked of it, else its silence, else what serving does."""
 
+    RETIRED = "retired"
+    """Will not come back."""
     DRAINING = "draining"
     """Is to be empty and stopped, or serving lets its last requests finish."""
     UNHEARD = "unheard"
@@ -113,7 +115,7 @@ async def lock_current(session: AsyncSession, node_id: str, epoch: int) -> Node:
 
 
 def check_epoch(epoch: int, current: int) -> None:
-    """Let only the agent that registered last go on. Raises ApiError 409 `stale_epoch`."""
+    """Let only the agent that registered last go on. Raises ApiError 409."""
     if epoch < current:
         raise ApiError(
             409,
@@ -124,7 +126,7 @@ def check_epoch(epoch: int, current: int) -> None:
     if epoch > current:
         raise ApiError(
             409,
-            "stale_epoch",
+            "unknown_epoch",
             f"This control plane has not given out epoch {epoch} (the node's last is {current}); its "
             "database may have been restored from a copy. Register again.",
         )
@@ -158,16 +160,34 @@ async def _locked(session: AsyncSession, node_id: str) -> Node:
 async def set_draining(session: AsyncSession, node_id: str, draining: bool) -> None:
     """Empty and stop the node, or let it serve again; saying it twice is saying it once.
 
-    Raises ApiError 404 `node_not_found`.
+    Raises ApiError 404 `node_not_found`, 409 `node_retired`.
     """
+    pool, node = await _with_pool(session, node_id)
+    if node.retired:
+        raise ApiError(409, "node_retired", "This node was retired; its machine may join again as a new one.")
+    if node.draining != draining:
+        node.draining = draining
+        pools.touch(pool)
+
+
+async def retire(session: AsyncSession, node_id: str) -> None:
+    """Give a node up: the lifecycle places its pledges on others. Raises ApiError 404 `node_not_found`.
+
+    A machine that still serves goes on with the orders it has: drain it first if it can be reached.
+    """
+    pool, node = await _with_pool(session, node_id)
+    node.draining = node.retired = True
+    await session.execute(update(Pledge).where(Pledge.node_id == node.id).values(node_id=None))
+    pools.touch(pool)
+
+
+async def _with_pool(session: AsyncSession, node_id: str) -> tuple[Pool, Node]:
+    """Both rows, locked."""
     pool_id = await session.scalar(select(Node.pool_id).where(Node.id == node_id))
     if pool_id is None:
         raise ApiError(404, "node_not_found", "There is no node with this id.")
     pool = await pools.lock(session, pool_id)
-    node = await _locked(session, node_id)
-    if node.draining != draining:
-        node.draining = draining
-        pools.touch(pool)
+    return pool, await _locked(session, node_id)
 
 
 # --- standing ------------------------------------------------------------------------------------
@@ -190,6 +210,8 @@ def is_ready(node: Node, pool: Pool, now: datetime.datetime) -> bool:
 
 def state(node: Node, now: datetime.datetime) -> NodeState:
     """What to show of the node in one word."""
+    if node.retired:
+        return NodeState.RETIRED
     if node.draining:
         return NodeState.DRAINING
     if not is_heard(node, now):

@@ -21,6 +21,8 @@ class Node(Table):
     token_sha256: Mapped[str] = mapped_column(String(64), unique=True)
     draining: Mapped[bool] = mapped_column(default=False)
     """The operator wants it empty and stopped."""
+    retired: Mapped[bool] = mapped_column(default=False)
+    """It will not come back: its token opens nothing, and its pledges live elsewhere."""
     epoch: Mapped[int] = mapped_column(default=0)
     """Of the agent that registered last; 0 before the first."""
     boot_id: Mapped[str | None] = mapped_column(String(100))

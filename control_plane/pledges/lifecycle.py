@@ -1,7 +1,7 @@
 """What happens by itself: pools go live, months are charged, holds expire, refunds are made.
 
 `tick` looks at the database and does whatever is due by the injected clock. It keeps nothing between
-calls but a pause for a gateway that is down: cut off anywhere, or run twice at once, the next tick
+calls but pauses for what has just failed: cut off anywhere, or run twice at once, the next tick
 goes on from what the rows say.
 """
 
@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import datetime
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import TypeVar
 
 from sqlalchemy import ColumnElement, Select, delete, exists, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -29,6 +30,7 @@ from control_plane.routing import KEPT
 from control_plane.throughput.tables import ThroughputMinute
 
 log = logging.getLogger("boosts.lifecycle")
+Item = TypeVar("Item")
 
 TICK_S = 0.5
 HANDLER_TIME = datetime.timedelta(seconds=30)
@@ -38,6 +40,7 @@ HOLD_TIME = datetime.timedelta(minutes=15)
 MINUTES_KEPT = datetime.timedelta(days=92)
 """Throughput by minute: the last quarter."""
 _GATEWAY_REST = datetime.timedelta(seconds=5)
+_CHARGE_REST = datetime.timedelta(minutes=1)
 _AT_ONCE = 8
 """Charges under way at the same time."""
 _BATCH = 500
@@ -50,6 +53,7 @@ class Lifecycle:
     def __init__(self, context: ControlPlane) -> None:
         self._context = context
         self._gateway_rests_until: datetime.datetime | None = None
+        self._charges_rest_until: dict[str, datetime.datetime] = {}
 
     async def run(self) -> None:
         """Tick until canceled. A tick that fails is logged, and the next one tries again."""
@@ -61,10 +65,10 @@ class Lifecycle:
             await asyncio.sleep(TICK_S)
 
     async def tick(self) -> None:
-        """Do everything that is due now."""
+        """Do everything that is due now. Raises what failed, after everything else was done."""
         steps: tuple[Callable[[], Awaitable[None]], ...] = (
             self._expire_holds,
-            self._begin_activations,
+            self._cross_thresholds,
             self._charge_first_months,
             self._begin_renewals,
             self._settle_charges,
@@ -72,8 +76,7 @@ class Lifecycle:
             self._place_pledges,
             self._forget,
         )
-        for step in steps:
-            await step()
+        await _each(steps, lambda step: step())
 
     # ---- holds -------------------------------------------------------------------------------------------
 
@@ -89,17 +92,18 @@ class Lifecycle:
 
     # ---- going live --------------------------------------------------------------------------------------
 
-    async def _begin_activations(self) -> None:
+    async def _cross_thresholds(self) -> None:
         """funding -> activating, where enough seats are pledged: the nodes load the model. And back, where
         too many withdrew before anybody was charged."""
-        for pool_id in await self._pools(PoolState.FUNDING, PoolState.ACTIVATING):
+
+        async def cross(pool_id: str) -> None:
             async with self._context.database.read() as session:
                 if not await _crossed_threshold(session, await session.get_one(Pool, pool_id)):
-                    continue
+                    return
             async with self._context.database.write() as session:
                 pool = await pools.lock(session, pool_id)
                 if not await _crossed_threshold(session, pool):
-                    continue
+                    return
                 if pool.state is PoolState.FUNDING:
                     pool.state = PoolState.ACTIVATING
                     pool.activation += 1
@@ -108,43 +112,42 @@ class Lifecycle:
                 pools.touch(pool)
                 log.info("pool %s is %s", pool.slug, pool.state.value)
 
+        await _each(await self._pools(PoolState.FUNDING, PoolState.ACTIVATING), cross)
+
     async def _charge_first_months(self) -> None:
         """Of all pledges of a pool whose nodes are ready, and of late ones of a pool that is live."""
-        for pool_id in await self._pools(PoolState.ACTIVATING, PoolState.ACTIVE):
+
+        async def begin_charging(pool_id: str) -> None:
             async with self._context.database.read() as session:
                 if not await session.scalar(select(exists(_uncharged(pool_id)))):
-                    continue
+                    return
             async with self._context.database.write() as session:
                 pool = await pools.lock(session, pool_id)
-                if pool.state is PoolState.ACTIVATING and not (
-                    await _has_begun_charging(session, pool) or await ready_nodes(session, pool, self._now())
-                ):
-                    continue
-                if pool.state in (PoolState.ACTIVATING, PoolState.ACTIVE):
-                    pledges = await session.scalars(_uncharged(pool_id).limit(_BATCH))
-                    session.add_all(
-                        new_charge(pledge, Purpose.FIRST_MONTH, self._now(), pool.activation)
-                        for pledge in pledges
-                    )
+                if not await self._may_charge(session, pool):
+                    return
+                pledges = await session.scalars(_uncharged(pool_id).limit(_BATCH))
+                session.add_all(
+                    new_charge(pledge, Purpose.FIRST_MONTH, self._now(), pool.activation)
+                    for pledge in pledges
+                )
+
+        await _each(await self._pools(PoolState.ACTIVATING, PoolState.ACTIVE), begin_charging)
+
+    async def _may_charge(self, session: AsyncSession, pool: Pool) -> bool:
+        if pool.state is not PoolState.ACTIVATING:
+            return pool.state is PoolState.ACTIVE
+        return await _has_begun_charging(session, pool) or bool(await ready_nodes(session, pool, self._now()))
 
     async def _decide_activations(self) -> None:
         """activating -> active or back to funding, once every pledge has been charged."""
-        for pool_id in await self._pools(PoolState.ACTIVATING):
+
+        async def decide(pool_id: str) -> None:
             async with self._context.database.write() as session:
                 pool = await pools.lock(session, pool_id)
-                if pool.state is not PoolState.ACTIVATING or not await _has_begun_charging(session, pool):
-                    continue
-                unsettled = (
-                    select(Charge.id)
-                    .join(Pledge)
-                    .where(
-                        Pledge.pool_id == pool.id,
-                        Charge.purpose == Purpose.FIRST_MONTH,
-                        Charge.state == ChargeState.PENDING,
-                    )
-                )
-                if not await session.scalar(select(or_(exists(unsettled), exists(_uncharged(pool.id))))):
+                if pool.state is PoolState.ACTIVATING and await _is_all_charged(session, pool):
                     await self._decide(session, pool)
+
+        await _each(await self._pools(PoolState.ACTIVATING), decide)
 
     async def _decide(self, session: AsyncSession, pool: Pool) -> None:
         now = self._now()
@@ -211,6 +214,9 @@ class Lifecycle:
         if self._gateway_rests_until is not None and now < self._gateway_rests_until:
             return
         left_to_handlers = (Pledge.state == PledgeState.HELD) & (Charge.created_at > now - HANDLER_TIME)
+        resting = self._charges_rest_until = {
+            charge_id: until for charge_id, until in self._charges_rest_until.items() if until > now
+        }
         paused = Pledge.pool_id.in_(select(Pool.id).where(Pool.state == PoolState.PAUSED))
         async with self._context.database.read() as session:
             charge_ids = list(
@@ -218,10 +224,11 @@ class Lifecycle:
                     select(Charge.id)
                     .join(Pledge)
                     .where(
+                        Charge.id.not_in(list(resting)),
                         or_(
                             Charge.state == ChargeState.REFUNDING,
                             (Charge.state == ChargeState.PENDING) & ~left_to_handlers & ~paused,
-                        )
+                        ),
                     )
                     .order_by(Charge.created_at, Charge.id)
                     .limit(_BATCH)
@@ -240,7 +247,10 @@ class Lifecycle:
                 log.warning("the payment gateway does not answer; charge %s waits: %s", charge_id, result)
             elif isinstance(result, BaseException):
                 # One charge that cannot be settled must not keep the others from it.
-                log.error("charge %s could not be settled", charge_id, exc_info=result)
+                self._charges_rest_until[charge_id] = now + _CHARGE_REST
+                log.error(
+                    "charge %s could not be settled; tried again in a minute", charge_id, exc_info=result
+                )
 
     # ---- nodes, housekeeping -----------------------------------------------------------------------------
 
@@ -287,13 +297,29 @@ class Lifecycle:
             found = list(
                 await session.execute(select(Pledge.id, Pledge.pool_id).where(condition).limit(_BATCH))
             )
-        for pledge_id, pool_id in found:
+
+        async def change_one(ids: tuple[str, str]) -> None:
+            pledge_id, pool_id = ids
             async with self._context.database.write() as session:
                 pool = await pools.lock(session, pool_id)
                 # Looked up again under the lock: it may have changed since.
                 pledge = await session.scalar(select(Pledge).where(Pledge.id == pledge_id, condition))
                 if pledge is not None:
                     await change(session, pool, pledge)
+
+        await _each([(pledge_id, pool_id) for pledge_id, pool_id in found], change_one)
+
+
+async def _each(items: Iterable[Item], action: Callable[[Item], Awaitable[None]]) -> None:
+    """Do it for every item, whatever happens with the others; then raise what happened."""
+    failures: list[Exception] = []
+    for item in items:
+        try:
+            await action(item)
+        except Exception as failure:
+            failures.append(failure)
+    if failures:
+        raise ExceptionGroup("some of what was due", failures)
 
 
 async def _crossed_threshold(session: AsyncSession, pool: Pool) -> bool:
@@ -333,3 +359,17 @@ async def _has_begun_charging(session: AsyncSession, pool: Pool) -> bool:
         )
     )
     return bool(await session.scalar(select(exists(charges))))
+
+
+async def _is_all_charged(session: AsyncSession, pool: Pool) -> bool:
+    unsettled = (
+        select(Charge.id)
+        .join(Pledge)
+        .where(
+            Pledge.pool_id == pool.id,
+            Charge.purpose == Purpose.FIRST_MONTH,
+            Charge.state == ChargeState.PENDING,
+        )
+    )
+    left = await session.scalar(select(or_(exists(unsettled), exists(_uncharged(pool.id)))))
+    return not left and await _has_begun_charging(session, pool)

@@ -18,7 +18,7 @@ from control_plane.database import new_id
 from control_plane.envelope import ApiError
 from control_plane.pledges import transitions
 from control_plane.pledges.settlement import new_charge, pending_charge, settle
-from control_plane.pledges.tables import OPEN_STATES, SHOWN_STATES, Pledge, PledgeState
+from control_plane.pledges.tables import OPEN_STATES, SHOWN_STATES, SUBSCRIBED_STATES, Pledge, PledgeState
 from control_plane.pools import service as pools
 from control_plane.pools.tables import Pool, PoolBlock, PoolState, Reservation, Seat
 
@@ -73,8 +73,9 @@ async def _hold(
     session: AsyncSession, context: ControlPlane, pool: Pool, account: Account, order: Order
 ) -> Pledge:
     _require_selling(pool)
-    if await _open_pledge(session, account.id, pool.id) is not None:
-        raise _pledge_exists()
+    pledge = await _open_pledge(session, account.id, pool.id)
+    if pledge is not None:
+        raise _payment_pending() if pledge.state is PledgeState.HELD else _pledge_exists()
     if await session.get(PaymentMethod, account.id) is None:
         raise ApiError(
             402,
@@ -136,7 +137,7 @@ async def _settle_all(context: ControlPlane, pledge_id: str) -> None:
             503,
             "payment_unavailable",
             "The payment provider does not answer. Your seats are held and the charge is tried again for "
-            "some minutes: look at my-pledge before you subscribe again.",
+            "some minutes: look at my-pledge, or give them up with DELETE.",
             headers={"retry-after": "60"},
         ) from None
 
@@ -145,17 +146,19 @@ async def find_shown(session: AsyncSession, account: Account, pool: Pool) -> Ple
     """The account's pledge in the pool. Raises ApiError 404, also for a pledge that has ended."""
     pledge = await _open_pledge(session, account.id, pool.id)
     if pledge is None or pledge.state not in SHOWN_STATES:
-        raise ApiError(404, "pledge_not_found", "You have no pledge in this pool.")
+        raise _no_pledge()
     return pledge
 
 
 async def withdraw(context: ControlPlane, account: Account, id_or_slug: str) -> None:
-    """Cancel a pledge that is not active yet. Raises ApiError."""
+    """Cancel a pledge that is not active yet, or whose fee is still being charged. Raises ApiError."""
     async with context.database.write() as session:
         pool = await pools.find(session, id_or_slug)
         pool = await pools.lock(session, pool.id)
-        pledge = await find_shown(session, account, pool)
-        if pledge.state is not PledgeState.PLEDGED:
+        pledge = await _open_pledge(session, account.id, pool.id)
+        if pledge is None:
+            raise _no_pledge()
+        if pledge.state in SUBSCRIBED_STATES:
             portal = f"{context.public_url}/api/billing/portal"
             raise ApiError(
                 409,
@@ -163,8 +166,10 @@ async def withdraw(context: ControlPlane, account: Account, id_or_slug: str) -> 
                 f"This subscription is running; cancel it in the billing portal: {portal}",
                 {"portalUrl": portal},
             )
-        if await _is_being_charged(session, pledge):
+        if pledge.state is PledgeState.PLEDGED and await _is_being_charged(session, pledge):
             raise _activating()
+        if pledge.state is PledgeState.HELD:
+            await transitions.give_fee_back(session, pledge)
         await transitions.cancel(session, pool, pledge, "withdrawn", context.clock())
 
 
@@ -210,6 +215,20 @@ def _activating() -> ApiError:
         "pool_activating",
         "This pool is going live and your first month is being charged; look at my-pledge in a minute.",
         headers={"retry-after": "30"},
+    )
+
+
+def _no_pledge() -> ApiError:
+    return ApiError(404, "pledge_not_found", "You have no pledge in this pool.")
+
+
+def _payment_pending() -> ApiError:
+    return ApiError(
+        409,
+        "payment_pending",
+        "Your seats are held while your card is being charged; look at my-pledge in a minute, or give "
+        "them up with DELETE.",
+        headers={"retry-after": "60"},
     )
 
 

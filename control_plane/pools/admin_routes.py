@@ -120,7 +120,7 @@ async def edit_pool(
     id_or_slug: Reference,
     changes: Annotated[dict[str, Any], Body(description="Fields of a new pool; those left out stay.")],
 ) -> Success[AdminPool]:
-    """Change a draft."""
+    """Change a draft; of an open pool its engineArgs, for which its nodes load the model anew."""
     async with context.database.write() as session:
         pool = await service.find(session, id_or_slug, drafts=True)
         pool = await service.lock(session, pool.id)
@@ -131,7 +131,7 @@ async def edit_pool(
             terms = PoolTerms.model_validate({**current, **changes}, by_name=False)
         except ValidationError as error:
             raise RequestValidationError(error.errors(include_url=False, include_context=False)) from None
-        await service.edit(session, pool, terms)
+        await service.edit(session, pool, terms, changes)
     return await _shown(context, pool.id)
 
 

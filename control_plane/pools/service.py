@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from sqlalchemy import delete, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
@@ -93,9 +93,13 @@ async def create(session: AsyncSession, terms: PoolTerms, now: datetime.datetime
     return pool
 
 
-async def edit(session: AsyncSession, pool: Pool, terms: PoolTerms) -> None:
-    """Replace a draft's terms. Raises ApiError 409 once it is open."""
-    _require_state(pool, PoolState.DRAFT, "be edited: what was offered stays as it was offered")
+async def edit(session: AsyncSession, pool: Pool, terms: PoolTerms, changed: Collection[str]) -> None:
+    """Replace a draft's terms; of an open pool only vLLM's flags. Raises ApiError 409 for others."""
+    if pool.state is not PoolState.DRAFT and set(changed) <= {"engineArgs"}:
+        pool.engine_flags = terms.engine_flags
+        touch(pool)
+        return
+    _require_state(pool, PoolState.DRAFT, "be edited, but for its engineArgs: what was offered stays")
     await session.execute(delete(PoolBlock).where(PoolBlock.pool_id == pool.id))
     await _set_terms(session, pool, terms)
     touch(pool)
@@ -121,20 +125,20 @@ def pause(pool: Pool, now: datetime.datetime) -> None:
 
 
 async def resume(session: AsyncSession, pool: Pool, now: datetime.datetime) -> None:
-    """paused -> active. Every paid period ends later by the time of it that was paused."""
+    """paused -> active. Every period ends later by the time of it that was paused, also one that was not
+    paid when the pause began: it is overdue by as much as it was then."""
     _require_state(pool, PoolState.PAUSED, "be resumed")
     assert pool.paused_at is not None
     subscribed = await session.scalars(
-        select(Pledge).where(
-            Pledge.pool_id == pool.id,
-            Pledge.state.in_(SUBSCRIBED_STATES),
-            Pledge.current_period_end > pool.paused_at,
-        )
+        select(Pledge).where(Pledge.pool_id == pool.id, Pledge.state.in_(SUBSCRIBED_STATES))
     )
     for pledge in subscribed:
         assert pledge.billing_anchor is not None
         assert pledge.current_period_end is not None
-        pledge.current_period_end += now - max(pool.paused_at, pledge.billing_anchor)
+        paused = now - max(pool.paused_at, pledge.billing_anchor)
+        pledge.current_period_end += paused
+        if pledge.next_attempt_at is not None:
+            pledge.next_attempt_at += paused
         # Later months are counted from the new end, or the first of them would be short.
         pledge.billing_anchor = pledge.current_period_end
         pledge.periods = 0

@@ -95,6 +95,7 @@ def upgrade() -> None:
         sa.Column("name", sa.String(length=100), nullable=False),
         sa.Column("token_sha256", sa.String(length=64), nullable=False),
         sa.Column("draining", sa.Boolean(), nullable=False),
+        sa.Column("retired", sa.Boolean(), nullable=False),
         sa.Column("epoch", sa.Integer(), nullable=False),
         sa.Column("boot_id", sa.String(length=100), nullable=True),
         sa.Column("base_url", sa.String(length=500), nullable=True),
