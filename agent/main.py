@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the agent until SIGTERM, SIGINT or SIGUSR2; returns the exit status."""
     options = parse(list(sys.argv[1:] if argv is None else argv))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # Tokens, key hashes and customers' counters lie in the home: nobody else's to read.
+    os.umask(0o077)
     return start(options)
 
 

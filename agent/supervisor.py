@@ -148,7 +148,8 @@ class Supervisor:
     def _start(self, launch: Launch) -> None:
         if self._failed:
             self.restarts += 1
-        environment = {name: value for name, value in os.environ.items() if name != "BOOSTS_JOIN_TOKEN"}
+        # Serving is configured by its command; what else is named so may be a secret of other parts.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("BOOSTS_")}
         try:
             process = ServingProcess.start(
                 launch, self._log, environment, remember=self._remember, on_end=self._wake.set

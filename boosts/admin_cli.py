@@ -64,6 +64,28 @@ def create_account(
         show_fields({"account": made["id"], "key": f"{made['managementKey']} (shown this once)"})
 
 
+@accounts.command("new-key")
+def new_key(
+    context: typer.Context,
+    account: Annotated[str, typer.Argument(help="Id of the account")],
+    url: Url = None,
+    key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Replace an account's management keys, lost or leaked ones, by a new one. It is shown this once.
+
+    \b
+    example:
+      boosts admin accounts new-key 3f6c...
+    """
+    with connect(context, url, key, Role.OPERATOR) as client:
+        made = client.replace_management_key(account)
+    if as_json:
+        show_json(made)
+    else:
+        show_fields({"account": made["id"], "key": f"{made['managementKey']} (shown this once)"})
+
+
 @accounts.command("list")
 def list_accounts(context: typer.Context, url: Url = None, key: Key = None, as_json: AsJson = False) -> None:
     """All accounts, operators' too.
@@ -114,7 +136,7 @@ def edit_pool(
     key: Key = None,
     as_json: AsJson = False,
 ) -> None:
-    """Change fields of a draft; those that the file leaves out stay. An open pool's terms are fixed.
+    """Change fields of a draft; those that the file leaves out stay. Once open, only engineArgs may change.
 
     \b
     example:

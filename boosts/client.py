@@ -46,11 +46,18 @@ class HourSlot(TypedDict):
     status: str
 
 
+class BlockSummary(TypedDict):
+    seats: int
+    available: int
+    monthlyPrice: str
+
+
 class PoolDetail(PoolSummary):
     minSeats: int
     guaranteeTokS: float
     rpmLimit: int
     tpmLimit: int
+    blocks: dict[str, BlockSummary]
     hourSlots: list[HourSlot]
 
 
@@ -281,6 +288,10 @@ class Client:
     def create_account(self, name: str, email: str) -> CreatedAccount:
         body = {"name": name, "email": email}
         return cast(CreatedAccount, self._post("/api/admin/accounts", body))
+
+    def replace_management_key(self, account: str) -> CreatedAccount:
+        path = f"/api/admin/accounts/{quote(account, safe='')}/management-key"
+        return cast(CreatedAccount, self._post(path))
 
     def admin_pools(self) -> list[AdminPool]:
         return cast(list[AdminPool], self._get("/api/admin/pools"))

@@ -35,7 +35,6 @@ Minutes = Annotated[int, typer.Option(min=1, max=1440, help="How far to look bac
 
 _HINTS = {
     "payment_method_required": "put a card on file with `boosts billing payment-method pm_card_visa`",
-    "card_declined": "put another card on file with `boosts billing payment-method ...`",
     "pledge_exists": "see it with `boosts pools my-pledge {pool}`",
     "use_billing_portal": "from here: `boosts billing cancel {pool}`",
     "pool_not_found": "`boosts pools list` shows those there are",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,7 +22,7 @@ from boosts.console import (
 from contract.blocks import Block
 
 if TYPE_CHECKING:
-    from boosts.client import BoostKey, Client, HourSlot, PledgeHour, Subscription
+    from boosts.client import BoostKey, Client, PledgeHour, Subscription
 
 pools = typer.Typer(help="Look at pools, and buy seats in them.", no_args_is_help=True)
 billing = typer.Typer(help="How your seats are paid.", no_args_is_help=True)
@@ -90,7 +89,14 @@ def show_pool(
         }
     )
     print()
-    show_table(("BLOCK", "UTC", "SEATS", "FREE", "USD/MONTH"), block_rows(found["hourSlots"]), empty="")
+    show_table(
+        ("BLOCK", "UTC", "SEATS", "FREE", "USD/MONTH"),
+        [
+            (name, _hours(Block(name)), offer["seats"], offer["available"], offer["monthlyPrice"])
+            for name, offer in found["blocks"].items()
+        ],
+        empty="",
+    )
 
 
 @pools.command("subscribe")
@@ -307,24 +313,6 @@ def resume_subscription(
 def _subscription(client: Client, pool: str) -> str:
     """Id of the pledge in the pool. Raises Refused when there is none."""
     return client.my_pledge(pool)["id"]
-
-
-def block_rows(slots: Sequence[HourSlot]) -> list[tuple[str, str, int, int, Decimal]]:
-    """A row for each block on offer: name, hours, seats, free seats, price of one seat for a month."""
-    rows = []
-    for block in Block:
-        # All hours of a seat have one status, so its first one counts the seats.
-        firsts = [slot for slot in slots if slot["hour"] == block.first_hour]
-        if firsts:
-            free = sum(slot["status"] == "available" for slot in firsts)
-            hours = [slot for slot in slots if _is_hour_of(slot, block, firsts[0]["slotIndex"])]
-            price = sum((Decimal(slot["pricePerDay"]) for slot in hours), Decimal())
-            rows.append((block.value, _hours(block), len(firsts), free, price))
-    return rows
-
-
-def _is_hour_of(slot: HourSlot, block: Block, slot_index: int) -> bool:
-    return slot["slotIndex"] == slot_index and 0 <= slot["hour"] - block.first_hour < 8
 
 
 def _hours(block: Block) -> str:

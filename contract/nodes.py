@@ -136,7 +136,7 @@ class Orders(Document):
     version: Literal[1]
     serve: bool
     """Whether serving shall run; false while the pool collects pledges, and to drain the node."""
-    model_id: Annotated[str, Field(min_length=1, max_length=500)]
+    model_id: Annotated[str, Field(pattern=r"^[^-\s]", max_length=500)]
     """Of the pool; also the name customers use for it."""
     engine_flags: tuple[str, ...]
     """vLLM's, as the pool's operator gave them."""

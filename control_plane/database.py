@@ -129,7 +129,8 @@ def async_url(url: str) -> str:
         parsed = make_url(url)
     except ArgumentError:
         raise DatabaseError(
-            f"not a database URL: {url!r} (want sqlite:////path/to/file or postgresql://user:password@host/name)"
+            "BOOSTS_DATABASE_URL is no database URL; want sqlite:////path/to/file or "
+            "postgresql://user:password@host/name"
         ) from None
     drivers = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg"}
     backend = parsed.get_backend_name()

@@ -20,16 +20,29 @@ from sqlalchemy.exc import IntegrityError
 from control_plane.accounts.tables import IdempotentCall
 from control_plane.auth import account_of, bearer
 from control_plane.context import ControlPlane
-from control_plane.envelope import ApiError
+from control_plane.envelope import ApiError, documented
 
 KEPT = datetime.timedelta(hours=24)
 _MAX_KEY = 255
+_PARAMETER = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "schema": {"type": "string", "minLength": 1, "maxLength": _MAX_KEY},
+    "description": "Of your choice: repeated with it, the call takes effect once.",
+}
 _ABANDONED = datetime.timedelta(seconds=60)
 """A call that has run this long has died with its process, and may be made again."""
 
 
 class IdempotentRoute(APIRoute):
     """A route that honours `Idempotency-Key` on POST."""
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        if "POST" in (options.get("methods") or ()):
+            options["responses"] = {**documented(409), **(options.get("responses") or {})}
+            options["openapi_extra"] = {"parameters": [_PARAMETER]}
+        super().__init__(path, endpoint, **options)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()

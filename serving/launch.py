@@ -42,6 +42,12 @@ CLOSE_S = 2
 """After the engine has stopped, connections whose clients do not read are cut after this long."""
 
 
+_OUR_FLAGS = (
+    *("model", "served_model_name", "host", "port", "uds", "api_key", "middleware"),
+    *("shutdown_timeout", "disable_fastapi_docs", "scheduler_cls"),
+)
+
+
 class LaunchError(Exception):
     """The node cannot start; the message says what to do."""
 
@@ -103,7 +109,13 @@ def _engine_args(options: ServeOptions) -> Namespace:
     flags += ["--middleware", "serving.gateway.SeatMiddleware"]
     flags += ["--shutdown-timeout", str(options.drain_s)]
     flags += ["--disable-fastapi-docs", "--disable-uvicorn-access-log", "--enable-prompt-tokens-details"]
-    args = make_arg_parser(FlexibleArgumentParser()).parse_args([*flags, *options.engine_flags])
+    parser = make_arg_parser(FlexibleArgumentParser())
+    ours, args = parser.parse_args(flags), parser.parse_args([*flags, *options.engine_flags])
+    # Engine flags come from a pool's operator; what serving itself depends on is not theirs to change.
+    for name in _OUR_FLAGS:
+        if getattr(args, name) != getattr(ours, name):
+            flag = "--" + name.replace("_", "-")
+            raise LaunchError(f"{flag} is set by the node itself; take it out of the engine flags")
     validate_parsed_serve_args(args)
     return Namespace(**vars(args))
 

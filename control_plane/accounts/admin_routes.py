@@ -15,7 +15,7 @@ from control_plane.clock import iso
 from control_plane.context import Context
 from control_plane.envelope import Shown, Success, documented
 from control_plane.routing import IdempotentRoute
-from control_plane.text import Name, Text
+from control_plane.text import Name, Reference, Text
 
 router = APIRouter(prefix="/api/admin/accounts", tags=["operator"], route_class=IdempotentRoute)
 
@@ -49,6 +49,16 @@ async def create_account(context: Context, operator: Operator, body: NewAccount)
     async with context.database.write() as session:
         account, key = await service.create(session, body.name, body.email, Role.CUSTOMER, context.clock())
     return Success(data=CreatedAccount(id=account.id, management_key=key))
+
+
+@router.post("/{account_id}/management-key", responses=documented(401, 403, 404))
+async def replace_management_key(
+    context: Context, operator: Operator, account_id: Reference
+) -> Success[CreatedAccount]:
+    """Withdraw an account's management keys, lost or leaked, and make a new one. Boost keys stay."""
+    async with context.database.write() as session:
+        key = await service.replace_keys(session, account_id, context.clock())
+    return Success(data=CreatedAccount(id=account_id, management_key=key))
 
 
 @router.get("", responses=documented(401, 403))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 
-from sqlalchemy import select
+from sqlalchemy import delete, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -32,6 +32,15 @@ def add_key(session: AsyncSession, account: Account, now: datetime.datetime) -> 
     key = new_key(KeyKind.MANAGEMENT)
     session.add(ManagementKey(account_id=account.id, key_sha256=key_sha256(key), created_at=now))
     return key
+
+
+async def replace_keys(session: AsyncSession, account_id: str, now: datetime.datetime) -> str:
+    """Withdraw the account's management keys, and make a new one. Raises ApiError 404."""
+    account = await session.get(Account, account_id, with_for_update=True)
+    if account is None:
+        raise ApiError(404, "account_not_found", "There is no account with this id.")
+    await session.execute(delete(ManagementKey).where(ManagementKey.account_id == account.id))
+    return add_key(session, account, now)
 
 
 async def new_operator_key(session: AsyncSession, email: str, now: datetime.datetime) -> str:

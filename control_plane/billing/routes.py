@@ -45,6 +45,21 @@ class PoolPledge(Shown):
     """POST here to take that back."""
 
 
+class ShownCharge(Shown):
+    """One attempt to take money."""
+
+    id: str
+    pool_slug: str
+    pledge_id: str
+    purpose: str
+    """reservation, first_month or renewal."""
+    amount: str
+    status: str
+    """pending, paid, declined, refunding or refunded."""
+    decline_code: str | None
+    created_at: str
+
+
 class Portal(Shown):
     pool_pledges: list[PoolPledge]
 
@@ -61,6 +76,26 @@ async def portal(context: Context, caller: Caller) -> Success[Portal]:
     """All pledges of the account that have not ended."""
     found = await service.subscriptions(context, caller)
     return Success(data=Portal(pool_pledges=[_shown(context, pledge, pool) for pledge, pool in found]))
+
+
+@router.get("/charges", responses=documented(401))
+async def charges(context: Context, caller: Caller) -> Success[list[ShownCharge]]:
+    """What was charged and given back, newest first; the last 500."""
+    return Success(
+        data=[
+            ShownCharge(
+                id=charge.id,
+                pool_slug=pool.slug,
+                pledge_id=charge.pledge_id,
+                purpose=charge.purpose.value,
+                amount=show(charge.amount_cents),
+                status=charge.state.value,
+                decline_code=charge.decline_code,
+                created_at=iso(charge.created_at),
+            )
+            for charge, pool in await service.charges(context, caller)
+        ]
+    )
 
 
 @router.post("/pledges/{pledge_id}/cancel", responses=documented(401, 404))

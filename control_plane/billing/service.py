@@ -6,13 +6,15 @@ from sqlalchemy import select, update
 
 from control_plane.accounts.tables import Account
 from control_plane.billing.gateway import Card, GatewayUnavailable, UnknownPaymentMethod
-from control_plane.billing.tables import PaymentMethod
+from control_plane.billing.tables import Charge, PaymentMethod
 from control_plane.context import ControlPlane
 from control_plane.envelope import ApiError
 from control_plane.pledges import transitions
 from control_plane.pledges.tables import SHOWN_STATES, SUBSCRIBED_STATES, Pledge, PledgeState
 from control_plane.pools import service as pools
 from control_plane.pools.tables import Pool
+
+_SHOWN_CHARGES = 500
 
 
 async def put_on_file(context: ControlPlane, account: Account, token: str) -> Card:
@@ -55,6 +57,20 @@ async def subscriptions(context: ControlPlane, account: Account) -> list[tuple[P
             .order_by(Pledge.created_at)
         )
         return [(pledge, pool) for pledge, pool in rows]
+
+
+async def charges(context: ControlPlane, account: Account) -> list[tuple[Charge, Pool]]:
+    """The account's charges, newest first; the last few hundred."""
+    async with context.database.read() as session:
+        rows = await session.execute(
+            select(Charge, Pool)
+            .join(Pledge, Pledge.id == Charge.pledge_id)
+            .join(Pool, Pool.id == Pledge.pool_id)
+            .where(Pledge.account_id == account.id)
+            .order_by(Charge.created_at.desc(), Charge.id)
+            .limit(_SHOWN_CHARGES)
+        )
+        return [(charge, pool) for charge, pool in rows]
 
 
 async def end_subscription(

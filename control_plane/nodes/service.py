@@ -35,6 +35,8 @@ class NodeState(enum.Enum):
     """Will not come back."""
     DRAINING = "draining"
     """Is to be empty and stopped, or serving lets its last requests finish."""
+    DRAINED = "drained"
+    """Is empty and stopped, as it was asked to be."""
     UNHEARD = "unheard"
     """Sent no heartbeat for 40 s, or never."""
     STOPPED = "stopped"
@@ -213,7 +215,8 @@ def state(node: Node, now: datetime.datetime) -> NodeState:
     if node.retired:
         return NodeState.RETIRED
     if node.draining:
-        return NodeState.DRAINING
+        stopped = is_heard(node, now) and node.serving is ServingState.STOPPED
+        return NodeState.DRAINED if stopped else NodeState.DRAINING
     if not is_heard(node, now):
         return NodeState.UNHEARD
     return NodeState(node.serving.value)

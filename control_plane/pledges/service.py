@@ -51,7 +51,8 @@ async def subscribe(context: ControlPlane, account: Account, id_or_slug: str, or
             raise ApiError(
                 409,
                 "pledge_ended",
-                f"Your reservation was {pledge.ended_because} while it was being made; subscribe again.",
+                "Your reservation ended while it was being made "
+                f"({(pledge.ended_because or '').replace('_', ' ')}); subscribe again.",
             )
         if pledge.state is PledgeState.CANCELED:
             code = await session.scalar(

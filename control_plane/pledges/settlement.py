@@ -107,7 +107,7 @@ async def _follow(context: ControlPlane, charge_id: str, pool_id: str, outcome: 
             case Purpose.RENEWAL:
                 assert pledge.state in SUBSCRIBED_STATES
                 if outcome.paid:
-                    transitions.renew(pool, pledge)
+                    transitions.renew(pool, pledge, charge.created_at)
                 else:
                     await transitions.fail_renewal(session, pool, pledge, charge, now)
 

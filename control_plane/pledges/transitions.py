@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from control_plane.billing.tables import Charge, ChargeState, PaymentMethod, Purpose
 from control_plane.clock import add_months
 from control_plane.keys import service as keys
+from control_plane.nodes.orders import HONOURED_AFTER_PERIOD
 from control_plane.nodes.service import choose_node
 from control_plane.pledges.tables import SUBSCRIBED_STATES, Pledge, PledgeState
 from control_plane.pools.service import release_seats, touch
@@ -50,9 +51,13 @@ async def place(session: AsyncSession, pool: Pool, pledge: Pledge, now: datetime
     await session.flush()
 
 
-def renew(pool: Pool, pledge: Pledge) -> None:
-    """The next month is paid. It begins where the last one ended, however late it was paid."""
+def renew(pool: Pool, pledge: Pledge, begun: datetime.datetime) -> None:
+    """The next month is paid, by a charge `begun` then. It begins where the last one ended, however late it
+    was paid; unless it was us who were away, for so long that nodes had stopped honouring the key."""
     assert pledge.billing_anchor is not None, "a subscribed pledge has its anchor"
+    assert pledge.current_period_end is not None
+    if pledge.state is PledgeState.ACTIVE and begun - pledge.current_period_end > HONOURED_AFTER_PERIOD:
+        pledge.billing_anchor, pledge.periods = begun, 0
     pledge.periods += 1
     pledge.current_period_end = add_months(pledge.billing_anchor, pledge.periods)
     pledge.state = PledgeState.ACTIVE

@@ -38,7 +38,7 @@ class PoolTerms(Shown):
     """What an operator offers. Fixed once the pool is open."""
 
     slug: Annotated[str, Field(pattern=_SLUG, max_length=100)]
-    model_id: Annotated[Text, Field(min_length=1, max_length=500)]
+    model_id: Annotated[Text, Field(pattern=r"^[^-\s]", max_length=500)]
     """The model for vLLM, a Hugging Face id or a folder; also its name for customers."""
     model_name: Name
     description: Annotated[Text, Field(max_length=5_000)] = ""
@@ -189,9 +189,10 @@ def _slot_status(taken_by: PledgeState | None) -> str:
 def hour_slots(seat: Seat, price_cents: int, status: str) -> list[HourSlot]:
     """The eight hours of a seat. Their ids follow from the seat's, so they need no rows of their own."""
     first = seat.block.first_hour
+    number = uuid.UUID(seat.id).int
     return [
         HourSlot(
-            id=str(uuid.uuid5(uuid.UUID(seat.id), str(first + hour))),
+            id=str(uuid.UUID(int=number ^ (hour + 1))),
             hour=first + hour,
             slot_index=seat.slot_index,
             price_per_day=show(slot_price(price_cents, hour)),

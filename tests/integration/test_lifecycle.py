@@ -160,10 +160,18 @@ def test_bad_entitlements_at_start_are_told_with_their_place(tmp_path: Path, dem
     assert "pledges: Field required" in ended.stderr
 
 
-def run_serving(node: RunningNode) -> subprocess.CompletedProcess[str]:
+def run_serving(node: RunningNode, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [
         *(sys.executable, "-m", "serving.main", "--model", str(node.model_path)),
-        *("--entitlements", str(node.entitlements), "--port", str(node.port)),
+        *("--entitlements", str(node.entitlements), "--port", str(node.port), *arguments),
     ]
     environment = {**CPU_ENVIRONMENT, **os.environ}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_engine_flags_that_serving_depends_on_are_refused(tmp_path: Path, demo_model: Path) -> None:
+    node = RunningNode(tmp_path, free_port(), free_port(), demo_model)
+    node.publish()
+    ended = run_serving(node, "--", "--middleware", "os.path")
+    assert ended.returncode == 1
+    assert "--middleware is set by the node itself" in ended.stderr

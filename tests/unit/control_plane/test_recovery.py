@@ -6,6 +6,7 @@ import datetime
 
 import pytest
 
+from control_plane.clock import add_months
 from control_plane.pledges import lifecycle
 from control_plane.pools.tables import Pool
 from tests.unit.control_plane.market import (
@@ -123,3 +124,54 @@ async def test_subscription_canceled_after_its_month_is_not_charged_again(market
     # The first customer's next month is the only new charge.
     assert len(await market.taken()) == len(paid) + 1
     assert FEE_CENTS in paid
+
+
+async def test_months_that_nobody_could_use_because_we_were_away_are_not_charged(market: Market) -> None:
+    pool = await market.live_pool()
+    customer = await market.customer()
+    _ = (await customer.subscribe(pool)).data
+    before = await market.taken()
+    market.clock.now = await period_end(customer, pool) + datetime.timedelta(days=100)
+    await market.settle(10)
+    # One month each for the two customers, and it begins now.
+    assert len(await market.taken()) == len(before) + 2
+    assert await period_end(customer, pool) > market.clock.now + datetime.timedelta(days=27)
+
+
+async def test_renewal_that_is_late_by_less_begins_where_the_last_month_ended(market: Market) -> None:
+    pool = await market.live_pool()
+    customer = await market.customer()
+    _ = (await customer.subscribe(pool)).data
+    end = await period_end(customer, pool)
+    await market.wait_until(end + datetime.timedelta(hours=71))
+    assert await period_end(customer, pool) == add_months(market_start(end), 2)
+
+
+def market_start(end: datetime.datetime) -> datetime.datetime:
+    """When the month began that ends then."""
+    return add_months(end, -1)
+
+
+async def test_new_management_key_takes_the_place_of_all_others(market: Market) -> None:
+    customer = await market.customer()
+    made = (await market.operate("POST", f"/accounts/{customer.id}/management-key")).data
+    assert (await customer.portal()).refusal == (401, "unauthorized")
+    customer.key = made["managementKey"]
+    assert (await customer.portal()).data == {"poolPledges": []}
+    unknown = await market.operate("POST", "/accounts/nobody/management-key")
+    assert unknown.refusal == (404, "account_not_found")
+
+
+async def test_charges_show_what_was_taken_declined_and_given_back(market: Market) -> None:
+    pool = await market.live_pool()
+    customer, other = await market.customer(BAD_CARD), await market.customer()
+    assert (await customer.subscribe(pool)).refusal == (402, "card_declined")
+    _ = (await customer.put_card(GOOD_CARD)).data
+    _ = (await customer.subscribe(pool)).data
+    shown = (await customer.call("GET", "/api/billing/charges")).data
+    assert sorted((charge["purpose"], charge["status"], charge["amount"]) for charge in shown) == [
+        ("first_month", "paid", "27.00"),
+        ("reservation", "declined", "1.00"),
+        ("reservation", "paid", "1.00"),
+    ]
+    assert (await other.call("GET", "/api/billing/charges")).data == []
