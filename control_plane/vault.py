@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import os
 import secrets
 from pathlib import Path
@@ -31,7 +30,7 @@ class Vault:
         """From base64 of 32 bytes. Raises VaultError."""
         try:
             key = base64.b64decode(text.strip(), validate=True)
-        except binascii.Error:
+        except ValueError:
             key = b""
         if len(key) != _KEY_BYTES:
             raise VaultError("the encryption key must be 32 bytes in base64: openssl rand -base64 32")

@@ -48,6 +48,7 @@ class Pledge(Table):
     price_cents: Mapped[int] = mapped_column(BigInteger)
     """Of all its seats for a month."""
     created_at: Mapped[datetime.datetime]
+    activated_at: Mapped[datetime.datetime | None]
     billing_anchor: Mapped[datetime.datetime | None]
     """Start of the first period: later ones begin on the same day of the month."""
     periods: Mapped[int] = mapped_column(default=0)

@@ -16,6 +16,7 @@ import datetime
 from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from control_plane.accounts.tables import Account
 from control_plane.billing.tables import Charge, ChargeState, PaymentMethod, Purpose
 from control_plane.clock import add_months
 from control_plane.keys import service as keys
@@ -35,7 +36,7 @@ async def activate(
 ) -> None:
     """Its first month is paid: the pledge gets its key, its node and its first period."""
     pledge.state = PledgeState.ACTIVE
-    pledge.billing_anchor = now
+    pledge.activated_at = pledge.billing_anchor = now
     pledge.periods = 1
     pledge.current_period_end = add_months(now, 1)
     await keys.ensure(session, vault, pledge.id, now)
@@ -71,6 +72,8 @@ async def fail_renewal(
     session: AsyncSession, pool: Pool, pledge: Pledge, charge: Charge, now: datetime.datetime
 ) -> None:
     """The next month was declined: the key is suspended, and in the end the pledge."""
+    # Whoever puts a card on file holds this row: no card comes in between.
+    await session.get_one(Account, pledge.account_id, with_for_update=True)
     card = await session.get_one(PaymentMethod, pledge.account_id)
     # While the old card was asked, or its answer was on its way, another one was put on file.
     pledge.retry_now = card.token != charge.token

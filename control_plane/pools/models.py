@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from contract.blocks import Block
 from control_plane.envelope import Shown
@@ -20,6 +20,14 @@ MAX_SEATS = 1_000
 """In one block."""
 MAX_LIMIT = 10**9
 _SLUG = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
+
+
+def _not_an_id(slug: str) -> str:
+    try:
+        uuid.UUID(slug)
+    except ValueError:
+        return slug
+    raise ValueError("must not have the form of an id: addresses take either")
 
 
 class BlockOffer(Shown):
@@ -37,7 +45,7 @@ class BlockOffer(Shown):
 class PoolTerms(Shown):
     """What an operator offers. Fixed once the pool is open."""
 
-    slug: Annotated[str, Field(pattern=_SLUG, max_length=100)]
+    slug: Annotated[str, Field(pattern=_SLUG, max_length=100), AfterValidator(_not_an_id)]
     model_id: Annotated[Text, Field(pattern=r"^[^-\s]", max_length=500)]
     """The model for vLLM, a Hugging Face id or a folder; also its name for customers."""
     model_name: Name

@@ -133,9 +133,9 @@ async def resume(session: AsyncSession, pool: Pool, now: datetime.datetime) -> N
         select(Pledge).where(Pledge.pool_id == pool.id, Pledge.state.in_(SUBSCRIBED_STATES))
     )
     for pledge in subscribed:
-        assert pledge.billing_anchor is not None
+        assert pledge.activated_at is not None
         assert pledge.current_period_end is not None
-        paused = now - max(pool.paused_at, pledge.billing_anchor)
+        paused = now - max(pool.paused_at, pledge.activated_at)
         pledge.current_period_end += paused
         if pledge.next_attempt_at is not None:
             pledge.next_attempt_at += paused

@@ -177,6 +177,7 @@ def upgrade() -> None:
         sa.Column("quantity", sa.Integer(), nullable=False),
         sa.Column("price_cents", sa.BigInteger(), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("activated_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("billing_anchor", sa.DateTime(timezone=True), nullable=True),
         sa.Column("periods", sa.Integer(), nullable=False),
         sa.Column("current_period_end", sa.DateTime(timezone=True), nullable=True),

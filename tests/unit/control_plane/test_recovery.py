@@ -175,3 +175,19 @@ async def test_charges_show_what_was_taken_declined_and_given_back(market: Marke
         ("reservation", "paid", "1.00"),
     ]
     assert (await other.call("GET", "/api/billing/charges")).data == []
+
+
+async def test_every_pause_of_a_month_is_added_to_it(market: Market) -> None:
+    pool = await market.live_pool()
+    customer = await market.customer()
+    _ = (await customer.subscribe(pool)).data
+    paid, end = await market.taken(), await period_end(customer, pool)
+    for pause in (datetime.timedelta(days=1), datetime.timedelta(hours=1), datetime.timedelta(days=3)):
+        market.clock.now += datetime.timedelta(days=2)
+        _ = (await market.operate("POST", f"/pools/{pool}/pause")).data
+        market.clock.now += pause
+        _ = (await market.operate("POST", f"/pools/{pool}/resume")).data
+        await market.settle()
+        end += pause
+        assert await period_end(customer, pool) == end
+    assert await market.taken() == paid
