@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from agent.home import write_whole
+
 
 @dataclass(frozen=True, slots=True)
 class DemoFile:
@@ -27,7 +29,7 @@ class DemoFile:
     agent_url: str
 
     def write(self, home: Path) -> None:
-        replace_file(demo_file(home), json.dumps(asdict(self), indent=2) + "\n", mode=0o600)
+        write_whole(demo_file(home), json.dumps(asdict(self), indent=2) + "\n")
 
 
 def home_folder(environment: Mapping[str, str]) -> Path:
@@ -37,12 +39,3 @@ def home_folder(environment: Mapping[str, str]) -> Path:
 
 def demo_file(home: Path) -> Path:
     return home / "demo.json"
-
-
-def replace_file(path: Path, text: str, mode: int = 0o644) -> None:
-    """Write a file whole or not at all."""
-    fresh = path.with_name(path.name + ".new")
-    fresh.unlink(missing_ok=True)
-    fresh.touch(mode)
-    fresh.write_text(text)
-    fresh.replace(path)

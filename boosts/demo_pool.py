@@ -15,8 +15,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from agent.home import write_whole
 from boosts.client import AdminPool, Client, Pledge, Refused
-from boosts.demo_file import replace_file
 from boosts.settings import StackError
 from contract.blocks import Block
 from contract.errors import ContractError
@@ -193,7 +193,7 @@ class _KeptKeys:
         return key if isinstance(key, str) else None
 
     def write(self, name: str, key: str) -> None:
-        replace_file(self._path, json.dumps({**self._all(), name: key}, indent=2) + "\n", mode=0o600)
+        write_whole(self._path, json.dumps({**self._all(), name: key}, indent=2) + "\n")
 
     def _all(self) -> dict[str, Any]:
         try:
