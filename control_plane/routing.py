@@ -92,8 +92,11 @@ class _Call:
         try:
             async with self._context.database.write() as session:
                 row = await session.get(IdempotentCall, self._id, with_for_update=True)
-                if row is None or self._expired(row, now):
-                    await session.execute(delete(IdempotentCall).where(*self._is_this()))
+                if row is not None and self._expired(row, now):
+                    await session.delete(row)
+                    await session.flush()
+                    row = None
+                if row is None:
                     session.add(
                         IdempotentCall(
                             account_id=self._id[0],
