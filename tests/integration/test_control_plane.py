@@ -191,7 +191,11 @@ async def test_one_account_gets_one_pledge_however_often_it_asks_at_once(servers
 
 
 @pytest.mark.parametrize("servers", [1], indirect=True, ids=["one-process"])
-def test_every_call_answers_as_its_document_says(servers: Servers, database_url: str) -> None:
+def test_every_call_answers_as_its_document_says(
+    servers: Servers, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It leaves a folder of its own where it runs.
+    monkeypatch.chdir(tmp_path)
     [url] = servers.urls
     # Each database has half of it: together they take a minute.
     phase = "fuzzing" if database_url.startswith("sqlite") else "coverage"

@@ -1,42 +1,58 @@
 """A market in a test's hands: operators, customers, pools and nodes, driven over the control plane's own API.
 
-Everything goes through the ASGI application but what has no other door here: nodes are rows, and the
-payment gateway can be told to fail.
+What a test is about goes through the ASGI application; what it stands on (accounts, cards, pools, nodes) is
+put in place directly. The payment gateway can be told to fail.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import datetime
-from collections.abc import AsyncIterator, Mapping
+import functools
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
+import aiosqlite
 import httpx
 import pytest
-from sqlalchemy import select, text, update
+from fastapi import FastAPI
+from sqlalchemy import event, select, text, update
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from contract.keys import KeyKind, key_sha256, new_key
 from contract.nodes import ServingState
+from control_plane.accounts import service as accounts
 from control_plane.accounts.service import new_operator_key
+from control_plane.accounts.tables import Role
 from control_plane.app import create_app
 from control_plane.billing.gateway import Card, GatewayUnavailable, Outcome
 from control_plane.billing.ledger_gateway import LedgerGateway
-from control_plane.billing.tables import LedgerEntry
+from control_plane.billing.tables import LedgerEntry, PaymentMethod
 from control_plane.context import ControlPlane
-from control_plane.database import Database, new_id
+from control_plane.database import Database, async_url, new_id
 from control_plane.nodes.tables import Node
 from control_plane.pledges.lifecycle import Lifecycle
+from control_plane.pools import service as pools
+from control_plane.pools.models import PoolTerms
 from control_plane.pools.tables import Pool
-from tests.unit.control_plane.conftest import ManualClock
+from control_plane.tables import metadata
+from control_plane.vault import Vault
+from tests.unit.control_plane.conftest import TEMPLATE, ManualClock
 
 GOOD_CARD = "pm_card_visa"
 BAD_CARD = "pm_card_chargeDeclined"
 FEE_CENTS = 100
 PRICE_CENTS = 2700
-ENOUGH_TICKS = 4
-"""In which everything that is due happens: a tick begins a step, the next may go on from it."""
+ENOUGH_TICKS = 2
+"""In which everything that is due happens: what the first one decides, the second one carries out."""
 
-on_sqlite_only = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+Result = TypeVar("Result")
+
+on_sqlite_only = pytest.mark.parametrize("ground", ["sqlite"], indirect=True)
 """For tests whose rule no database decides."""
 
 
@@ -165,7 +181,9 @@ class Market:
     @classmethod
     async def open(cls, context: ControlPlane, clock: ManualClock, *, show_errors: bool = True) -> Market:
         """A market with an operator. With `show_errors` an unexpected error is raised, else it is a 500."""
-        transport = httpx.ASGITransport(create_app(context), raise_app_exceptions=show_errors)
+        app = _app()
+        app.state.control_plane = context
+        transport = httpx.ASGITransport(app, raise_app_exceptions=show_errors)
         client = httpx.AsyncClient(transport=transport, base_url=context.public_url)
         async with context.database.write() as session:
             operator_key = await new_operator_key(session, "ops@example.com", clock())
@@ -205,24 +223,33 @@ class Market:
     # --- what a market is made of ------------------------------------------------------------------
 
     async def customer(self, card: str | None = GOOD_CARD) -> Customer:
+        """Somebody with this card on file; None for no card."""
         self.accounts += 1
-        person = {"name": f"Customer {self.accounts}", "email": f"c{self.accounts}@example.com"}
-        made = (await self.operate("POST", "/accounts", person)).data
-        customer = Customer(self, made["id"], made["managementKey"])
-        if card is not None:
-            _ = (await customer.put_card(card)).data
-        return customer
+        now = self.clock()
+        async with self.database.write() as session:
+            email = f"c{self.accounts}@example.com"
+            account, key = await accounts.create(session, "Customer", email, Role.CUSTOMER, now)
+            if card is not None:
+                session.add(
+                    PaymentMethod(
+                        account_id=account.id, token=card, brand="visa", last4="4242", updated_at=now
+                    )
+                )
+        return Customer(self, account.id, key)
 
     async def draft(self, **changes: Any) -> str:
         """The id of a new draft; see `terms`."""
-        made = await self.operate("POST", "/pools", terms(**changes))
-        return str(made.data["id"])
+        async with self.database.write() as session:
+            offer = PoolTerms.model_validate(terms(**changes))
+            return (await pools.create(session, offer, self.clock())).id
 
     async def pool(self, **changes: Any) -> str:
         """The id of a new pool that collects pledges."""
-        pool_id = await self.draft(**changes)
-        _ = (await self.operate("POST", f"/pools/{pool_id}/open")).data
-        return pool_id
+        async with self.database.write() as session:
+            offer = PoolTerms.model_validate(terms(**changes))
+            pool = await pools.create(session, offer, self.clock())
+            await pools.open_for_pledges(session, pool)
+            return pool.id
 
     async def live_pool(self, **changes: Any) -> str:
         """The id of a pool that is active, with a node and one seat of its night block taken."""
@@ -230,8 +257,8 @@ class Market:
         await self.node(pool_id)
         first = await self.customer()
         _ = (await first.subscribe(pool_id)).data
-        await self.settle()
-        assert await self.status(pool_id) == "active"
+        await self.settle(1)
+        assert await first.status(pool_id) == "active"
         return pool_id
 
     async def node(self, pool_id: str, *, ready: bool = True) -> str:
@@ -331,18 +358,105 @@ def terms(*, blocks: Mapping[str, tuple[int, object]] | None = None, **changes: 
     return offer
 
 
+# --- fixtures for test modules to import ---------------------------------------------------------------
+
+
+@functools.cache
+def _database(url: str) -> Database:
+    """Kept, with the statements that it compiled, which take longer than to run them."""
+    database = Database(url)
+    if database.is_sqlite:
+        without_fsync(database)
+    return database
+
+
+_in_its_thread = aiosqlite.Connection._execute
+
+
+async def _here(
+    connection: aiosqlite.Connection, function: Callable[..., Any], *args: object, **kwargs: object
+) -> Any:
+    return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def swift_sqlite(swift: bool = True) -> Iterator[None]:
+    """Let SQLite's statements run where they are asked for, not in a thread of their connection, which takes
+    much of a test's time. Then nothing happens at the same time: `at_once` takes it back."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aiosqlite.Connection, "_execute", _here if swift else _in_its_thread)
+        yield
+
+
+async def at_once(*calls: Awaitable[Result]) -> list[Result]:
+    """All of them at the same time."""
+    with swift_sqlite(False):
+        return await asyncio.gather(*calls)
+
+
+def without_fsync(database: Database) -> None:
+    """What a test writes need not survive a power cut."""
+
+    def relax(connection: Any, record: Any) -> None:
+        connection.execute("PRAGMA synchronous = OFF")
+
+    for engine in (database._writer, database._reader):
+        event.listen(engine.sync_engine, "connect", relax)
+
+
+@functools.cache
+def _app() -> FastAPI:
+    """Making one takes longer than most tests; which control plane it serves is in its state."""
+    nobody: Any = None
+    return create_app(nobody)
+
+
+@pytest.fixture(name="ground", params=["sqlite", "postgresql"])
+async def empty_ground(request: pytest.FixtureRequest) -> AsyncIterator[Database]:
+    """A migrated database with nothing in it, of each kind in turn; the same one for every test."""
+    if request.param == "sqlite":
+        template: Path = request.getfixturevalue("sqlite_template")
+        path = template.with_name("market.db")
+        for file in path.parent.glob(f"{path.name}*"):
+            file.unlink()
+        shutil.copy(template, path)
+        database = _database(f"sqlite:///{path}")
+    else:
+        url = request.getfixturevalue("postgres_template")
+        database = _database(url.replace("/postgres?", "/market?"))
+        if url in _created:
+            await _empty(database)
+        else:
+            await _create(url)
+            _created.add(url)
+    with swift_sqlite():
+        yield database
+        await database.close()
+
+
+_created: set[str] = set()
+"""PostgreSQL servers that have the database."""
+
+
+async def _empty(database: Database) -> None:
+    tables = [table.name for table in reversed(metadata.sorted_tables) if table.name != "store"]
+    deletions = "".join(f"DELETE FROM {name};" for name in tables)  # noqa: S608
+    async with database.engine.begin() as connection:
+        await connection.execute(text(f"DO $$ BEGIN {deletions} END $$"))
+
+
+async def _create(server_url: str) -> None:
+    engine = create_async_engine(async_url(server_url), isolation_level="AUTOCOMMIT")
+    async with engine.connect() as connection:
+        await connection.execute(text(f"CREATE DATABASE market TEMPLATE {TEMPLATE}"))
+    await engine.dispose()
+
+
 @pytest.fixture(name="market")
-async def open_market(control_plane: ControlPlane, clock: ManualClock) -> AsyncIterator[Market]:
-    """For test modules to import: a market on each database, whose gateway can be told to fail."""
-    ledger = control_plane.gateway
-    assert isinstance(ledger, LedgerGateway)
-    context = ControlPlane(
-        control_plane.database,
-        control_plane.clock,
-        MoodyGateway(ledger),
-        control_plane.vault,
-        control_plane.public_url,
-    )
+async def open_market(ground: Database, clock: ManualClock) -> AsyncIterator[Market]:
+    """A market on each kind of database, whose gateway can be told to fail."""
+    gateway = MoodyGateway(LedgerGateway(ground, clock))
+    context = ControlPlane(ground, clock, gateway, Vault(bytes(32)), "http://control-plane.test")
     market = await Market.open(context, clock)
     async with market.client:
         yield market

@@ -15,10 +15,9 @@ from tests.unit.control_plane.market import (
     GOOD_CARD,
     Customer,
     Market,
-    open_market,
+    empty_ground,  # noqa: F401 - a fixture
+    open_market,  # noqa: F401 - a fixture
 )
-
-__all__ = ["open_market"]  # the fixture `market`
 
 
 async def period_end(customer: Customer, pool: str) -> datetime.datetime:
