@@ -39,8 +39,8 @@ run: install ## Start a demo node in the foreground: vLLM, a small local model, 
 test: install-dev ## Run every test, real vLLM included
 	@exec $(BIN)/python -m pytest $(ARGS)
 
-test-fast: install-dev ## Run the tests that need no vLLM
-	@exec $(BIN)/python -m pytest -m 'not vllm' $(ARGS)
+test-fast: install-dev ## Run the tests that need no vLLM and no other processes
+	@exec $(BIN)/python -m pytest -m 'not vllm and not slow' $(ARGS)
 
 check: install-dev ## Lint, format check, types, import rules, Dockerfile
 	$(BIN)/ruff check .

@@ -26,6 +26,8 @@ from tests.unit.control_plane.conftest import (
     sqlite_template,
 )
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["database_url", "postgres_template", "postgres_url", "sqlite_template"]  # fixtures
 
 CROWD = 50

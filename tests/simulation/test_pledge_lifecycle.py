@@ -62,6 +62,8 @@ from tests.unit.control_plane.market import (
     without_fsync,
 )
 
+pytestmark = pytest.mark.slow
+
 START = datetime.datetime(2026, 1, 31, 12, 0, tzinfo=datetime.UTC)
 """A 31st, which most months do not have."""
 SPANS = (1.0, 6.0, 31.0, 600.0, 901.0, 86_400.0, 3 * 86_400.0, 5 * 86_400.0, 31 * 86_400.0, 62 * 86_400.0)
@@ -120,6 +122,8 @@ def random_step(seed: int) -> tuple[Any, ...]:
     kinds: list[tuple[int, tuple[Any, ...]]] = [
         (6, ("next_date", age, pick((-1, 0, 0, 1)), heard)),
         (5, ("buy", pool, blocks, quantity, card)),
+        (2, ("buy_and_turn", pool, blocks, quantity)),
+        (2, ("buy_through", pick(("down", "mute", "crash")), pick(("fee", "month")), pool, blocks)),
         (3, ("change_card", age, pick((GOOD_CARD, BAD_CARD)))),
         (2, ("time_passes", pick(SPANS), pick((0, 1, 2)), heard)),
         (2, ("operate", pool, pick(("next", "next", "next", "open", "pause", "resume")))),
@@ -300,6 +304,16 @@ class LifecycleMachine(RuleBasedStateMachine):
             if self.model.cards.get(free[0]) != card:
                 self.put_card(free[0], card)
             self.subscribe(free[0], pool, blocks, quantity)
+
+    def buy_and_turn(self, pool: int, blocks: tuple[str, ...], quantity: int) -> None:
+        """With a card that is good for the fee and for nothing after it."""
+        self.buy(pool, blocks, quantity, GOOD_CARD)
+        self.change_card(0, BAD_CARD)
+
+    def buy_through(self, mood: str, purpose: str, pool: int, blocks: tuple[str, ...]) -> None:
+        """Over a line that breaks at one of the charges."""
+        self.line_changes(mood, purpose)
+        self.buy(pool, blocks, 1, GOOD_CARD)
 
     def change_card(self, age: int, card: str) -> None:
         """Of somebody who has a pledge."""

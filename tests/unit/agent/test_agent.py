@@ -16,6 +16,8 @@ from contract.nodes import GpuFigures, ServingState
 from tests.unit.agent.conftest import Node, alive, until
 from tests.unit.agent.control_plane_stand_in import ControlPlane, orders
 
+pytestmark = pytest.mark.slow
+
 
 def errors(caplog: pytest.LogCaptureFixture, text: str) -> list[str]:
     return [record.getMessage() for record in caplog.records if text in record.getMessage()]

@@ -16,6 +16,8 @@ from contract.keys import KeyKind, new_key
 from tests.unit.agent.conftest import Node, alive, until
 from tests.unit.agent.control_plane_stand_in import ControlPlane, orders
 
+pytestmark = pytest.mark.slow
+
 
 async def ended(agent: Process) -> tuple[int, str]:
     output, _ = await asyncio.wait_for(agent.communicate(), 8)

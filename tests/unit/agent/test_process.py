@@ -16,6 +16,8 @@ from agent import process as module
 from agent.process import Launch, Record, ServingLog, ServingProcess
 from tests.unit.agent.conftest import alive, until
 
+pytestmark = pytest.mark.slow
+
 SLEEP = "import time; print('up', flush=True); time.sleep(60)"
 
 

@@ -17,6 +17,8 @@ from contract.nodes import Heartbeat, ServingState
 from tests.unit.agent.conftest import Node, alive, until
 from tests.unit.agent.control_plane_stand_in import ControlPlane, orders
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def ordered(control_plane: ControlPlane, caplog: pytest.LogCaptureFixture) -> None:

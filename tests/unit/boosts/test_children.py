@@ -16,6 +16,8 @@ import pytest
 from boosts.children import Child, kill_serving
 from boosts.settings import StackError
 
+pytestmark = pytest.mark.slow
+
 
 def child(tmp_path: Path, program: str, say: Callable[[str], None] = print) -> Child:
     return Child("the program", [sys.executable, "-c", program], os.environ, tmp_path / "log", say)

@@ -16,6 +16,8 @@ from boosts.demo_file import DemoFile
 from contract.keys import KeyKind, new_key
 from tests.unit.boosts.conftest import RunningControlPlane, bad, boosts, good
 
+pytestmark = pytest.mark.slow
+
 
 def demo(url: str, operator: str, customer: str) -> DemoFile:
     return DemoFile(

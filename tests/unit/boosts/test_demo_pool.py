@@ -24,6 +24,8 @@ from boosts.settings import Ports, StackError, StackSettings
 from contract.blocks import Block
 from tests.unit.boosts.conftest import POOL, RunningControlPlane
 
+pytestmark = pytest.mark.slow
+
 
 def settings(environment: dict[str, str], model: str | None = None) -> StackSettings:
     return StackSettings.from_environment(environment, model, ())

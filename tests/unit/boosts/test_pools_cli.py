@@ -12,6 +12,8 @@ from typer.testing import Result
 from boosts.client import Client
 from tests.unit.boosts.conftest import RunningControlPlane, bad, boosts, good
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., Result]
 
 
