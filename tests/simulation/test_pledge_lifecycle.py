@@ -127,12 +127,13 @@ def random_step(seed: int) -> tuple[Any, ...]:
         (3, ("change_card", age, pick((GOOD_CARD, BAD_CARD)))),
         (2, ("time_passes", pick(SPANS), pick((0, 1, 2)), heard)),
         (2, ("operate", pool, pick(("next", "next", "next", "open", "pause", "resume")))),
-        (2, ("end", age, pick((None, None, account)), pick((True, False)))),
+        (2, ("end", age, pick((None, None, account)), pick((True, True, False)))),
         (2, ("close_for", pool, pick(SPANS))),
         (2, ("line_changes", pick(MOODS), pick((None, account, "month")))),
         (2, ("tick", pick((1, 2)))),
         (1, ("subscribe", account, pool, blocks, quantity)),
         (1, ("put_card", account, card)),
+        (2, ("regret", age)),
         (1, ("withdraw", account, pool)),
         (1, ("look", account, pool)),
         (1, ("join", pool)),
@@ -336,11 +337,20 @@ class LifecycleMachine(RuleBasedStateMachine):
         call = self.plant.customers[account].withdraw(self.plant.pool_ids[pool])
         self.expect(self.model.withdraw(account, pool), call)
 
+    def regret(self, age: int) -> None:
+        """Somebody withdraws who waits for a pool to go live."""
+        waiting = [pledge for pledge in self.model.pledges if pledge.state in ("held", "pledged")]
+        if waiting:
+            pledge = waiting[max(0, len(waiting) - 1 - age)]
+            self.withdraw(pledge.account, pledge.pool)
+
     def end(self, age: int, account: int | None, stop: bool) -> None:
-        """Mostly by the owner, who may take it back; by others it is not found."""
-        if not self.model.pledges:
+        """A subscription, or what was one: by its owner, or by somebody who does not find it."""
+        some = [i for i, pledge in enumerate(self.model.pledges) if pledge.state in SUBSCRIBED]
+        some = some or list(range(len(self.model.pledges)))
+        if not some:
             return
-        which = max(0, len(self.model.pledges) - 1 - age)
+        which = some[max(0, len(some) - 1 - age)]
         pledge = self.model.pledges[which]
         account = pledge.account if account is None else account
         customer, pledge_id = self.plant.customers[account], self.plant.pledge_ids[which]
@@ -455,6 +465,7 @@ class LifecycleMachine(RuleBasedStateMachine):
                 assert pledge.taken == sorted(stood + [pledge.cents] * pledge.months)
 
     def teardown(self) -> None:
+        logging.getLogger("boosts.lifecycle").setLevel(logging.NOTSET)
         if hasattr(self, "plant"):
             try:
                 if self.sound:

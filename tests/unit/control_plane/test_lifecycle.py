@@ -332,6 +332,44 @@ async def test_within_the_time_that_nodes_honour_keys_a_month_begins_when_it_was
     assert (await customer.my_pledge(pool_id)).data["currentPeriodEnd"] == iso(add_months(start, 2))
 
 
+@on_sqlite_only
+async def test_every_turn_of_a_subscription_raises_the_revision(market: Market) -> None:
+    """Or its node would not fetch what changed."""
+    pool_id = await market.live_pool()
+    revisions = [await market.revision(pool_id)]
+    customer = await market.customer()
+    market.clock.advance(3600)
+    pledge_id = (await customer.subscribe(pool_id)).data["id"]
+    start = market.clock()
+
+    async def raised() -> bool:
+        revisions.append(await market.revision(pool_id))
+        return revisions[-1] > revisions[-2]
+
+    assert await raised(), "activated"
+    await market.wait_until(add_months(start, 1) - SECOND)
+    assert await raised(), "the pool's first pledge was renewed"
+    await market.wait(seconds=1)
+    assert await raised(), "renewed"
+    _ = (await customer.put_card(BAD_CARD)).data
+    await market.wait_until(add_months(start, 2) - SECOND)
+    assert await raised(), "the pool's first pledge was renewed"
+    await market.wait(seconds=1)
+    assert await raised(), "past due"
+    _ = (await customer.put_card(GOOD_CARD)).data
+    await market.settle()
+    assert await raised(), "paid"
+    _ = (await customer.cancel(pledge_id)).data
+    await market.wait_until(add_months(start, 3) - SECOND)
+    assert await raised(), "the pool's first pledge was renewed"
+    await market.wait(seconds=1)
+    assert await raised(), "ended"
+    _ = (await market.operate("POST", f"/pools/{pool_id}/pause")).data
+    assert await raised(), "paused"
+    _ = (await market.operate("POST", f"/pools/{pool_id}/resume")).data
+    assert await raised(), "resumed"
+
+
 # --- nodes -----------------------------------------------------------------------------------------
 
 
