@@ -22,6 +22,8 @@ from tests.unit.control_plane.market import (
     open_market,  # noqa: F401 - a fixture
 )
 
+pytestmark = pytest.mark.slow
+
 SECOND = datetime.timedelta(seconds=1)
 
 

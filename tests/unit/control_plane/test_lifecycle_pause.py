@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 
+import pytest
+
 from control_plane.clock import add_months, iso
 from tests.unit.control_plane.market import (
     BAD_CARD,
@@ -15,6 +17,8 @@ from tests.unit.control_plane.market import (
     on_sqlite_only,
     open_market,  # noqa: F401 - a fixture
 )
+
+pytestmark = pytest.mark.slow
 
 DAY = datetime.timedelta(days=1)
 

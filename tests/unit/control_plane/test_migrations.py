@@ -16,6 +16,8 @@ from control_plane.database import Database, DatabaseError, async_url
 from control_plane.migrations import upgrade
 from control_plane.tables import metadata
 
+pytestmark = pytest.mark.slow
+
 
 async def names(database: Database) -> set[str]:
     async with database.engine.connect() as connection:

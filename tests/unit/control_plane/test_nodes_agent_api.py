@@ -47,6 +47,8 @@ from tests.unit.control_plane.conftest import (
     client_of,
 )
 
+pytestmark = pytest.mark.slow
+
 AT = "2026-03-10T12:00:00Z"
 PROMPT_S = 1.5
 """Well below any wait that a test asks for."""

@@ -19,6 +19,8 @@ from tests.unit.control_plane.market import (
     open_market,  # noqa: F401 - a fixture
 )
 
+pytestmark = pytest.mark.slow
+
 
 async def period_end(customer: Customer, pool: str) -> datetime.datetime:
     return datetime.datetime.fromisoformat((await customer.my_pledge(pool)).data["currentPeriodEnd"])

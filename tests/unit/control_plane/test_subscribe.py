@@ -23,6 +23,8 @@ from tests.unit.control_plane.market import (
     open_market,  # noqa: F401 - a fixture
 )
 
+pytestmark = pytest.mark.slow
+
 KEY = {"id", "apiKey", "rpmLimit", "tpmLimit", "isActive", "baseUrl"}
 BLOCKS = {"night": (3, "27.00"), "europe": (2, "10.01"), "americas": (1, "0.99")}
 
