@@ -10,10 +10,12 @@ from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, Field
 
+from contract.capacity import NodeCapacity
 from contract.documents import Document
 
 Count = Annotated[int, Field(ge=0)]
 Tokens = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class SeatThroughput(Document):
@@ -32,8 +34,16 @@ class SeatThroughput(Document):
     owed_tokens: Tokens
     shortfall_tokens: Tokens
     """Owed and not delivered by the end of their busy period."""
-    attainment_60s: Annotated[float, Field(ge=0, le=1)] | None
-    """Delivered over owed in the last 60 s, at most 1; null where nothing was owed."""
+    borrowed_tokens: Tokens = 0.0
+    """Delivered beyond what was owed. Like what follows with a default: reports of before have none."""
+    held_s: Annotated[float, Field(ge=0)] = 0.0
+    """Sequence-seconds that its requests were held between steps."""
+    attainment_1s: Share | None = None
+    """Delivered over owed in the last second, at most 1; null where nothing was owed."""
+    attainment_10s: Share | None = None
+    """In the last 10 s."""
+    attainment_60s: Share | None
+    """In the last 60 s."""
     queued: Count
     in_flight: Count
 
@@ -47,6 +57,8 @@ class ThroughputReport(Document):
     at: AwareDatetime
     entitlements_revision: Count
     seats: tuple[SeatThroughput, ...]
+    capacity: NodeCapacity | None = None
+    """What serving has measured of itself; null until it has."""
 
 
 def parse_report(text: str | bytes) -> ThroughputReport:

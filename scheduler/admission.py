@@ -2,10 +2,11 @@
 
 Theory of operation (docs/scheduling.md derives the bounds):
 
-* A seat whose next request keeps it within its quantity of sequences is *owed*: that request goes
-  first, earliest first-token deadline first, and one slot per unused seat is kept free so that it
-  enters at once. All other work is *borrowed*; so is a request wider than the seat's unused seats,
-  which would otherwise enter on slots kept for others.
+* A seat whose next request keeps it within its quantity of sequences is *owed*: that request enters at
+  once, earliest first-token deadline first, whatever is in the engine: there the step policy
+  (`scheduler.steps`) takes a slot or KV cache from borrowed work for it. All other work is *borrowed*;
+  so is a request wider than the seat's unused seats. It enters while slots and KV cache are free, and
+  while the step policy has use for it: what would only be held waits here, where the order is fair.
 * Borrowed work is ordered by start-time fair queuing (Goyal, Vin, Cheng, SIGCOMM 1996). A seat's
   `tag` is its virtual time: at dispatch it grows by `cost / weight` with the expected output; while
   tokens flow it is corrected upwards when the output outgrows the expectation, and downwards at the
@@ -28,6 +29,7 @@ from dataclasses import dataclass, replace
 
 from scheduler.buckets import TokenBucket
 from scheduler.ledger import WINDOWS_S, Ledger
+from scheduler.steps import UNLIMITED
 from scheduler.terms import Ask, Capacity, Policy, SeatTerms
 from scheduler.tickets import Event, Outcome, Reason, Refusal, State, Ticket
 
@@ -70,6 +72,11 @@ class Seat:
         """Sequences it may still start at once under its guarantee."""
         return max(0, self.terms.quantity - self.in_flight) if self.guaranteed else 0
 
+    @property
+    def owed(self) -> int:
+        """Sequences in the engine that count as owed."""
+        return min(self.terms.quantity, self.in_flight) if self.guaranteed else 0
+
 
 @dataclass(frozen=True, slots=True)
 class SeatReading:
@@ -84,6 +91,7 @@ class SeatReading:
     cached_tokens: int
     output_tokens: int
     owed_tokens: float
+    borrowed_tokens: float
     behind_tokens: float
     shortfall_tokens: float
     attainment: dict[int, float | None]
@@ -103,8 +111,8 @@ class LimitReading:
 class Admission:
     """The admission stage of one node. Single-threaded; every ticket ends exactly once.
 
-    Invariants: `in_flight` never exceeds the slots; `reserve` is the sum of the seats' `unused`;
-    `virtual_time` never decreases; a seat is in a heap whenever its queue is not empty.
+    Invariants: owed work in flight never exceeds the slots, and borrowed work enters only where all work
+    leaves one free; `virtual_time` never decreases; a seat with a queue is in a heap.
     """
 
     def __init__(self, capacity: Capacity, policy: Policy | None = None) -> None:
@@ -112,10 +120,13 @@ class Admission:
         self.policy = policy or Policy()
         self.virtual_time = 0.0
         self.in_flight = 0
+        self.borrowed_limit = UNLIMITED
+        """Borrowed sequences that the step policy has use for; set by whoever knows it."""
         self.draining = False
         self._seats: dict[str, Seat] = {}
-        self._reserve = 0
+        self._owed_in_flight = 0
         self._kv_in_use = 0
+        self._owed_kv_in_use = 0
         self._last_number = 0
         self._queued: OrderedDict[int, Ticket] = OrderedDict()
         self._fair = _SeatHeap(lambda seat: seat.tag)
@@ -129,20 +140,19 @@ class Admission:
         if seat is None:
             seat = self._seats[terms.seat_id] = Seat(terms, self.policy, now)
             seat.tag = self.virtual_time
-            self._reserve += seat.unused
             return
-        with_reserve = seat.unused
+        owed = seat.owed
         seat.terms, seat.closed = terms, None
         seat.requests.resize(terms.rpm_limit, now)
         seat.tokens.resize(terms.tpm_limit, now)
         seat.ledger.set_terms(terms.guarantee_tok_s, terms.quantity, now)
-        self._reserve += seat.unused - with_reserve
+        self._owed_in_flight += seat.owed - owed
         self._refresh(seat)
 
     def close_seat(self, seat_id: str, reason: Reason, now: float) -> list[Ticket]:
         """End a seat's block: what runs goes on as borrowed work, what is queued is evicted and returned."""
         seat = self._seats[seat_id]
-        self._reserve -= seat.unused
+        self._owed_in_flight -= seat.owed
         seat.closed = reason
         seat.ledger.set_terms(0.0, seat.terms.quantity, now)
         return [self._evict(ticket, Refusal(reason), now) for ticket in list(seat.queue.values())]
@@ -189,15 +199,12 @@ class Admission:
 
     def dispatch(self, now: float) -> list[Ticket]:
         """The tickets that enter the engine now, in order: owed seats first, then by virtual time."""
-        entering = []
-        while self.in_flight < self.capacity.slots:
-            seat = self._owed.peek(_is_owed)
-            if seat is None:
-                seat = self._fair.peek(_is_backlogged)
+        entering: list[Ticket] = []
+        while True:
+            seat = self._owed.peek(_is_owed) or self._fair.peek(_is_backlogged)
             if seat is None or not self._fits(_head(seat), owed=_is_owed(seat)):
-                break
-            entering.append(self._start(_head(seat), now))
-        return entering
+                return entering
+            entering.append(self._start(_head(seat), now, owed=_is_owed(seat)))
 
     def expire(self, now: float) -> list[Ticket]:
         """Evict and return what has been queued for the queue timeout."""
@@ -256,6 +263,9 @@ class Admission:
         # Shared blocks are held once, by whoever came first.
         ticket.kv_tokens -= saved
         self._kv_in_use -= saved
+        if ticket.owed_kv_tokens:
+            ticket.owed_kv_tokens -= saved
+            self._owed_kv_in_use -= saved
         self._charge(ticket, -saved * self.policy.input_weight)
         self._refresh(ticket.seat)
 
@@ -283,6 +293,7 @@ class Admission:
             cached_tokens=seat.cached_tokens,
             output_tokens=seat.ledger.delivered,
             owed_tokens=seat.ledger.owed,
+            borrowed_tokens=seat.ledger.borrowed,
             behind_tokens=seat.ledger.behind,
             shortfall_tokens=seat.ledger.shortfall,
             attainment={window: seat.ledger.attainment(window, now) for window in WINDOWS_S},
@@ -325,7 +336,7 @@ class Admission:
         """What no amount of waiting would make fit."""
         count = sum(ask.count for ask in asks)
         sizes = (
-            (Reason.TOO_WIDE, max(ask.count for ask in asks), self._borrowed_slots()),
+            (Reason.TOO_WIDE, max(ask.count for ask in asks), self.capacity.slots),
             (Reason.TOO_MANY, count, seat.terms.rpm_limit),
             (Reason.OVER_QUEUE, count, self._queue_bound(seat)),
             (Reason.TOO_LARGE, sum(a.input_tokens + a.count for a in asks), seat.terms.tpm_limit),
@@ -412,21 +423,21 @@ class Admission:
             seat.lifts += 1
 
     def _fits(self, ticket: Ticket, *, owed: bool) -> bool:
+        """Whether there is room: for owed work all that is not in use by owed work."""
         if self.in_flight == 0:
             return True
-        free = self.capacity.slots - self.in_flight
-        kv = self.capacity.kv_tokens
-        if not owed:
-            free -= min(self._reserve, self.capacity.slots - self._borrowed_slots())
-            kv = int(kv * self.policy.borrowed_kv_share)
         need = ticket.input_tokens + self._expected_output(ticket.seat, ticket)
-        return ticket.count <= free and self._kv_in_use + need <= kv
+        if owed:
+            slots, kv_in_use = self.capacity.slots - self._owed_in_flight, self._owed_kv_in_use
+        else:
+            borrowed = self.in_flight - self._owed_in_flight
+            slots, kv_in_use = self.capacity.slots - self.in_flight, self._kv_in_use
+            # One at least, however wide: a limit for the pace's sake must not lock a request out.
+            if borrowed > 0:
+                slots = min(slots, self.borrowed_limit - borrowed)
+        return ticket.count <= slots and kv_in_use + need <= self.capacity.kv_tokens
 
-    def _borrowed_slots(self) -> int:
-        """Slots that borrowed work may always use, however many seats are idle."""
-        return self.capacity.slots - int(self.capacity.slots * self.policy.max_reserve_share)
-
-    def _start(self, ticket: Ticket, now: float) -> Ticket:
+    def _start(self, ticket: Ticket, now: float, *, owed: bool) -> Ticket:
         seat, policy = ticket.seat, self.policy
         # An owed seat may enter ahead of the fair order, so virtual time follows the order, not the entry.
         fairest = self._fair.peek(_is_backlogged) or seat
@@ -436,6 +447,8 @@ class Admission:
         ticket.expected_output = self._expected_output(seat, ticket)
         ticket.kv_tokens = ticket.input_tokens + ticket.expected_output
         self._kv_in_use += ticket.kv_tokens
+        ticket.owed_kv_tokens = ticket.kv_tokens if owed else 0
+        self._owed_kv_in_use += ticket.owed_kv_tokens
         ticket.lifts, ticket.weight = seat.lifts, seat.terms.weight
         prefills = 1 if policy.prefix_caching else ticket.count
         self._charge(ticket, ticket.input_tokens * prefills * policy.input_weight)
@@ -469,6 +482,7 @@ class Admission:
     def _finish(self, ticket: Ticket, now: float) -> None:
         seat = ticket.seat
         self._kv_in_use -= ticket.kv_tokens
+        self._owed_kv_in_use -= ticket.owed_kv_tokens
         self._charge_output(ticket, ticket.produced)
         seat.cached_tokens += ticket.cached_tokens
         used = ticket.input_tokens + ticket.produced
@@ -499,10 +513,10 @@ class Admission:
         self._refresh(seat)
 
     def _set_in_flight(self, seat: Seat, change: int) -> None:
-        self._reserve -= seat.unused
+        self._owed_in_flight -= seat.owed
         seat.in_flight += change
         self.in_flight += change
-        self._reserve += seat.unused
+        self._owed_in_flight += seat.owed
 
     def _refresh(self, seat: Seat) -> None:
         """Put a seat whose key may have fallen, or whose head is new, where `peek` finds it."""

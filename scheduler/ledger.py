@@ -3,7 +3,11 @@
 A pledge of q seats with guarantee g is owed tokens at rate `min(q*g, g*m(t))`, where m(t) counts its
 unfinished requests that are past their first token or past its deadline. The span during which m > 0
 is a busy period; the promise is `delivered >= owed - g*q*T0` inside each, and nothing carries over
-from one to the next. Attainment is delivered over owed, capped at 1 per window.
+from one to the next. Attainment is delivered over owed, capped at 1 per window. A token that finds
+nothing owed and undelivered is *borrowed*.
+
+Tokens are booked at the time at which the engine made them, which may lie behind the ledger's own: the
+engine is another process.
 """
 
 from __future__ import annotations
@@ -12,7 +16,9 @@ import heapq
 from dataclasses import dataclass
 
 WINDOWS_S = (1, 10, 60)
-_KEPT_S = max(WINDOWS_S) + 1
+_SETTLE_S = 0.5
+"""The windows end at the last whole second that is over for this long, so that its tokens are in."""
+_KEPT_S = max(WINDOWS_S) + 2
 
 
 @dataclass(slots=True)
@@ -40,10 +46,13 @@ class Ledger:
         self._seconds = [_Second() for _ in range(_KEPT_S)]
         self._period_owed = 0.0
         self._period_delivered = 0
+        self._due = 0.0
         self.owed = 0.0
         """Tokens promised since the ledger began."""
         self.delivered = 0
         """Tokens made since the ledger began."""
+        self.borrowed = 0.0
+        """Of these, tokens that were not due when they came."""
         self.shortfall = 0.0
         """Tokens owed and not delivered by the end of their busy period."""
 
@@ -81,6 +90,9 @@ class Ledger:
         self.advance(now)
         self.delivered += tokens
         self._second(int(now)).delivered += tokens
+        paid = min(self._due, tokens)
+        self._due -= paid
+        self.borrowed += tokens - paid
         if self._owing:
             self._period_delivered += tokens
 
@@ -104,9 +116,10 @@ class Ledger:
         self._owe_until(now)
 
     def attainment(self, window_s: int, now: float) -> float | None:
-        """Delivered over owed in the last `window_s` whole seconds, at most 1; None if nothing was owed."""
+        """Delivered over owed in the last `window_s` whole seconds that have settled, at most 1; None if
+        nothing was owed."""
         self.advance(now)
-        last = int(now) - 1
+        last = int(now - _SETTLE_S) - 1
         owed, delivered = 0.0, 0
         for second in self._seconds:
             if last - window_s < second.index <= last:
@@ -123,6 +136,7 @@ class Ledger:
                 owed = rate * (until - self._at)
                 self._second(index).owed += owed
                 self._period_owed += owed
+                self._due += owed
                 self.owed += owed
                 self._at = until
         self._at = max(self._at, now)
@@ -137,6 +151,7 @@ class Ledger:
         self.shortfall += self.behind
         self._period_owed = 0.0
         self._period_delivered = 0
+        self._due = 0.0
 
     def _drop_answered_deadlines(self) -> None:
         while self._deadlines and self._deadlines[0][1] not in self._waiting:

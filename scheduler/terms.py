@@ -39,10 +39,6 @@ class Policy:
     """Weight of the newest finished request in a seat's running mean of output tokens."""
     prefix_caching: bool = True
     """Whether the engine computes a prompt once for all its `n` sequences, or once for each."""
-    borrowed_kv_share: float = 0.9
-    """Share of the KV cache that borrowed work may fill; the rest is kept for owed seats."""
-    max_reserve_share: float = 0.5
-    """At most this share of the slots is kept free for owed seats that are not using theirs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,6 +103,7 @@ class Ticket:
         "lifts",
         "max_tokens",
         "number",
+        "owed_kv_tokens",
         "produced",
         "refusal",
         "reserved_tokens",
@@ -147,6 +148,8 @@ class Ticket:
         self.cached_tokens = 0
         self.kv_tokens = 0
         """KV cache set aside for it while it runs."""
+        self.owed_kv_tokens = 0
+        """The same if it entered as owed work, else 0."""
         self.weight = 1.0
         """The seat's weight at dispatch: what was charged at it is refunded at it."""
         self.produced = 0

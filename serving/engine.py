@@ -9,6 +9,8 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -21,11 +23,16 @@ from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput
 
-from scheduler import Ask, Capacity
+from scheduler import Ask, Capacity, Ticket
 from serving.node import Node, RefusedError, StepOutput, current_verdict, engine_request_id
+from serving.step_scheduler import SEAT
 
 VLLM_VERSIONS = "0.32."
 """The versions this file was written for; `launch` refuses others."""
+
+_MEASURED_PROMPT = 2_048
+_MEASURE_S = 20.0
+"""Measuring begins no further batch after this long."""
 
 _ENGINE_OPTIONS = (
     "lora_request",
@@ -63,6 +70,32 @@ class SeatLLM(AsyncLLM):
         async for _ in super().generate(prompt, params, "warm-up"):
             pass
 
+    async def measure(self) -> None:
+        """Run batches of many sizes, from which the step scheduler learns the machine's step time."""
+        slots = self.scheduler_config.max_num_seqs
+        length = min(_MEASURED_PROMPT, self.model_config.max_model_len // 2)
+        give_up_at = time.monotonic() + _MEASURE_S
+        batches = [(1, 1, 16), *((count, 16, 24) for count in (1, slots // 8, slots // 2, slots) if count)]
+        batches += [(1, length, 1)] * 4 + [(min(8, slots), length, 24)]
+        for number, (count, input_tokens, output_tokens) in enumerate(batches):
+            if time.monotonic() > give_up_at:
+                return
+            await asyncio.gather(
+                *(
+                    self._run_once(f"measure-{number}-{place}", input_tokens, output_tokens)
+                    for place in range(count)
+                )
+            )
+
+    async def _run_once(self, request_id: str, input_tokens: int, output_tokens: int) -> None:
+        """One request of random tokens, so that no prefix cache shortens it."""
+        vocabulary = self.model_config.get_vocab_size()
+        rng = random.Random(request_id)
+        tokens = [rng.randrange(vocabulary) for _ in range(input_tokens)]
+        params = SamplingParams(max_tokens=output_tokens, ignore_eos=True, detokenize=False)
+        async for _ in super().generate(TokensPrompt(prompt_token_ids=tokens), params, request_id):
+            pass
+
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
     ) -> AsyncGenerator[RequestOutput, None]:
@@ -76,7 +109,9 @@ class SeatLLM(AsyncLLM):
             async with (
                 self.node.enter(verdict, _ask(prompt, sampling_params)) as ticket,
                 aclosing(
-                    super().generate(prompt, sampling_params, engine_request_id(ticket), **options)
+                    super().generate(
+                        prompt, self._marked(sampling_params, ticket), engine_request_id(ticket), **options
+                    )
                 ) as outputs,
             ):
                 async for output in outputs:
@@ -85,6 +120,12 @@ class SeatLLM(AsyncLLM):
             # To vLLM a refused request is one whose client left: it unwinds without an answer of its
             # own and without a log entry. The gateway gives the answer.
             raise asyncio.CancelledError from None
+
+    def _marked(self, params: SamplingParams, ticket: Ticket) -> SamplingParams:
+        """Tell the step scheduler whose request it is. Clients' own extra arguments never get here."""
+        if self.node.rows is not None:
+            params.extra_args = {SEAT: self.node.rows.row(ticket.seat.terms.seat_id)}
+        return params
 
     def _run_output_handler(self) -> None:
         # Before vLLM's loop takes its reference to the processor.
@@ -114,7 +155,9 @@ def _meter(processor: OutputProcessor, engine: SeatLLM) -> None:
     process_outputs = processor.process_outputs
     states, external_ids = processor.request_states, processor.external_req_ids
 
-    def metered(outputs: list[EngineCoreOutput], *args: Any, **kwargs: Any) -> OutputProcessorOutput:
+    def metered(
+        outputs: list[EngineCoreOutput], made_at: float | None = None, *args: Any, **kwargs: Any
+    ) -> OutputProcessorOutput:
         # Which request it is and how many tokens the engine made is known before vLLM has trimmed
         # tokens behind a stop string and forgotten what is finished.
         steps = [
@@ -125,13 +168,13 @@ def _meter(processor: OutputProcessor, engine: SeatLLM) -> None:
             if output.request_id in states
         ]
         unfinished = len(states)
-        result = process_outputs(outputs, *args, **kwargs)
+        result = process_outputs(outputs, made_at, *args, **kwargs)
         finished = (
             [step.request_id for step in steps if step.request_id not in external_ids]
             if len(states) < unfinished
             else ()
         )
-        engine.node.record_step(steps, finished)
+        engine.node.record_step(steps, finished, made_at)
         return result
 
     # On the instance: vLLM builds its processor itself, and its loop looks the method up there.

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from prometheus_client import REGISTRY
 from vllm import __version__ as vllm_version
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.entry import build_and_serve
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -26,13 +27,17 @@ from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from contract.capacity import NodeCapacity
 from contract.errors import ContractError
 from scheduler import Policy
+from serving.capacity import GUESS_SAMPLES, KEPT_SAMPLES, CapacityFile, first_guess, keep, measured
 from serving.engine import VLLM_VERSIONS, SeatLLM
 from serving.entitlements_file import EntitlementsFile
 from serving.metrics import NodeCollector
 from serving.node import MIN_BODY_BYTES, Node
+from serving.seat_rows import SeatRows
 from serving.stats import StatsServer
+from serving.step_table import ENVIRONMENT, StepTable
 
 log = logging.getLogger("boosts.serving")
 
@@ -41,6 +46,9 @@ BODY_BYTES_PER_TOKEN = 16
 CLOSE_S = 2
 """After the engine has stopped, connections whose clients do not read are cut after this long."""
 
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""What models' configurations call the number of their experts."""
 
 _OUR_FLAGS = (
     *("model", "served_model_name", "host", "port", "uds", "api_key", "middleware"),
@@ -69,6 +77,11 @@ class ServeOptions:
     policy: Policy = field(default_factory=Policy)
     engine_flags: tuple[str, ...] = ()
     """Passed to vLLM as they are."""
+
+    @property
+    def capacity_file(self) -> Path:
+        """Where what the node has measured of itself is kept for the next start."""
+        return self.entitlements.with_name("capacity.json")
 
 
 def serve(options: ServeOptions) -> None:
@@ -107,6 +120,7 @@ def _engine_args(options: ServeOptions) -> Namespace:
     if options.served_model_name is not None:
         flags += ["--served-model-name", options.served_model_name]
     flags += ["--middleware", "serving.gateway.SeatMiddleware"]
+    flags += ["--scheduler-cls", "serving.step_scheduler.SeatScheduler"]
     flags += ["--shutdown-timeout", str(options.drain_s)]
     flags += ["--disable-fastapi-docs", "--disable-uvicorn-access-log", "--enable-prompt-tokens-details"]
     parser = make_arg_parser(FlexibleArgumentParser())
@@ -131,6 +145,9 @@ async def _run(
     # Until uvicorn takes the signals over, SIGTERM must interrupt the loading of the model.
     signal.signal(signal.SIGTERM, _interrupt)
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
+    file_of_capacity = CapacityFile(options.capacity_file, options.model)
+    known = file_of_capacity.read()
+    table, table_path = _step_table(config, known)
     engine = SeatLLM.from_vllm_config(
         config,
         usage_context=UsageContext.OPENAI_API_SERVER,
@@ -139,17 +156,24 @@ async def _run(
         aggregate_engine_logging=args.aggregate_engine_logging,
     )
     assert isinstance(engine, SeatLLM)
+    # EngineCore has it open by now; without a name nothing is left behind, however this ends.
+    table_path.unlink()
     try:
         await engine.reset_mm_cache()
         policy = replace(options.policy, prefix_caching=bool(config.cache_config.enable_prefix_caching))
         body_bytes = max(MIN_BODY_BYTES, BODY_BYTES_PER_TOKEN * config.model_config.max_model_len)
-        node = engine.node = Node(engine.capacity(), policy, max_body_bytes=body_bytes)
+        rows = SeatRows(table)
+        node = engine.node = Node(engine.capacity(), policy, rows=rows, max_body_bytes=body_bytes)
         assert file.current is not None
         node.apply(file.current)
         await engine.warm_up()
+        if known is None:
+            log.info("measuring how fast this machine is")
+            await engine.measure()
         REGISTRY.register(NodeCollector(node))
         stats = StatsServer(
             node,
+            measured=lambda: measured(table, options.model, node.admission.capacity),
             engine_alive=lambda: not engine.errored,
             # Bound long ago, but uvicorn listens only when the application is built.
             listening=lambda: bool(listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)),
@@ -159,6 +183,7 @@ async def _run(
             followers = [
                 background.create_task(node.run()),
                 background.create_task(file.follow(node.apply)),
+                background.create_task(keep(file_of_capacity, table, options.model, node.admission.capacity)),
             ]
             shutdown = await build_and_serve(
                 engine, listen_address, listener, args, timeout_graceful_shutdown=CLOSE_S
@@ -170,6 +195,22 @@ async def _run(
         engine.shutdown(timeout=config.shutdown_timeout)
     await shutdown
     listener.close()
+
+
+def _step_table(config: VllmConfig, known: NodeCapacity | None) -> tuple[StepTable, Path]:
+    """The table that EngineCore will open, with the step time to begin with."""
+    text = config.model_config.hf_text_config
+    experts = next(filter(None, (getattr(text, name, 0) for name in _EXPERTS)), 0)
+    active = getattr(text, "num_experts_per_tok", 0)
+    seed, samples = first_guess(active / experts if experts and active else 0.0), GUESS_SAMPLES
+    if known is not None:
+        seed, samples = known.step_time, KEPT_SAMPLES
+    try:
+        table, path = StepTable.create(seed, samples)
+    except OSError as error:
+        raise LaunchError(f"cannot make the step scheduler's table: {error}") from None
+    os.environ[ENVIRONMENT] = str(path)
+    return table, path
 
 
 def _interrupt(*_: object) -> None:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from prometheus_client import Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from scheduler import Outcome
+from scheduler.ledger import WINDOWS_S
+from serving.step_table import OWN_TIME_US, StepTable
 
 if TYPE_CHECKING:
     from serving.node import Node
@@ -65,6 +73,11 @@ class NodeCollector(Collector):
             value=sum(r.owed_tokens for r in readings),
         )
         yield CounterMetricFamily(
+            "boosts_borrowed_tokens",
+            "Delivered beyond what was owed",
+            value=sum(r.borrowed_tokens for r in readings),
+        )
+        yield CounterMetricFamily(
             "boosts_shortfall_tokens",
             "Owed and not delivered by the end of their busy period",
             value=sum(r.shortfall_tokens for r in readings),
@@ -73,7 +86,44 @@ class NodeCollector(Collector):
             "boosts_queued_requests", "Waiting in admission", value=node.admission.queued()
         )
         yield GaugeMetricFamily("boosts_in_flight_sequences", "In the engine", value=node.admission.in_flight)
+        lowest = GaugeMetricFamily(
+            "boosts_attainment_lowest",
+            "Delivered over owed of the seat with the least, by window in seconds",
+            labels=["window"],
+        )
+        for window in WINDOWS_S:
+            attained = [share for r in readings if (share := r.attainment[window]) is not None]
+            if attained:
+                lowest.add_metric([str(window)], min(attained))
+        yield lowest
         yield GaugeMetricFamily("boosts_seats_open", "Pledges inside a block", value=node.open_seats())
         yield GaugeMetricFamily(
             "boosts_entitlements_revision", "Revision of the snapshot in use", value=node.revision()
         )
+        if node.rows is not None:
+            yield from _step_metrics(node.rows.table)
+
+
+def _step_metrics(table: StepTable) -> Iterable[Metric]:
+    """What the step scheduler says of itself."""
+    readings = table.read()
+    yield GaugeMetricFamily("boosts_held_sequences", "Held between steps", value=readings.held)
+    yield CounterMetricFamily(
+        "boosts_preempted_sequences", "Lost their slot or KV cache in the engine", value=readings.preempted
+    )
+    yield GaugeMetricFamily(
+        "boosts_step_allowed_seconds",
+        "Longest step that keeps everybody's pace; 0 while nobody is owed one",
+        value=readings.allowed_s,
+    )
+    yield GaugeMetricFamily(
+        "boosts_step_time_error", "Mean relative error of predicted step times", value=readings.model_error
+    )
+    counts = list(accumulate(table.own_time_counts()))
+    bounds = [*(str(bound / 1e6) for bound in OWN_TIME_US), "+Inf"]
+    yield HistogramMetricFamily(
+        "boosts_step_scheduler_seconds",
+        "The step scheduler's own time per step, in EngineCore",
+        buckets=list(zip(bounds, counts, strict=True)),
+        sum_value=readings.own_s,
+    )

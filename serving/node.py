@@ -17,10 +17,11 @@ from typing import NamedTuple
 
 from contract.blocks import next_border
 from contract.entitlements import Entitlements, PledgeEntitlement
-from scheduler import Admission, Ask, Capacity, Policy, Reason, Refusal, SeatReading, Ticket
+from scheduler import Admission, Ask, Capacity, Policy, Reason, Refusal, SeatReading, SeatTerms, Ticket
 from scheduler.admission import LimitReading
 from serving.keyring import Keyring
 from serving.metrics import DECISION_SECONDS, FIRST_TOKEN_SECONDS, QUEUE_WAIT_SECONDS
+from serving.seat_rows import SeatRows
 
 MIN_BODY_BYTES = 2**20
 KEPT_REVOKED_SEATS = 1000
@@ -96,11 +97,14 @@ class Node:
         capacity: Capacity,
         policy: Policy | None = None,
         *,
+        rows: SeatRows | None = None,
         max_body_bytes: int = MIN_BODY_BYTES,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.admission = Admission(capacity, policy)
+        self.rows = rows
+        """The link to the step scheduler; None without one."""
         self.keyring: Keyring | None = None
         self.max_body_bytes = max_body_bytes
         self.clock = clock
@@ -155,18 +159,30 @@ class Node:
             standing = keyring.standing(pledge, wall_now)
             self._standings[pledge.pledge_id] = standing
             if standing is None:
-                self.admission.open_seat(keyring.terms(pledge), now)
+                self._open_seat(keyring.terms(pledge), now)
             elif self.admission.knows(pledge.pledge_id):
-                self._tell_evicted(self.admission.close_seat(pledge.pledge_id, standing, now))
+                self._close_seat(pledge.pledge_id, standing, now)
             until = pledge.valid_until.timestamp()
             borders = [next_border(pledge.spans, wall_now), *([until] if until > wall_now else [])]
             self._next_border = min(self._next_border, *borders)
         revoked = known - keyring.pledges.keys()
         for seat_id in revoked:
-            self._tell_evicted(self.admission.close_seat(seat_id, Reason.REVOKED, now))
+            self._close_seat(seat_id, Reason.REVOKED, now)
             if len(revoked) > KEPT_REVOKED_SEATS and self.admission.forget_seat(seat_id):
                 del self._standings[seat_id]
+                if self.rows is not None:
+                    self.rows.forget(seat_id)
         self.pump()
+
+    def _open_seat(self, terms: SeatTerms, now: float) -> None:
+        self.admission.open_seat(terms, now)
+        if self.rows is not None:
+            self.rows.open(terms)
+
+    def _close_seat(self, seat_id: str, reason: Reason, now: float) -> None:
+        self._tell_evicted(self.admission.close_seat(seat_id, reason, now))
+        if self.rows is not None:
+            self.rows.close(seat_id)
 
     # --- readings ----------------------------------------------------------------------------------
 
@@ -180,6 +196,10 @@ class Node:
         if not self.admission.knows(pledge.pledge_id):
             return None
         return self.admission.read_limits(pledge.pledge_id, self.clock())
+
+    def held_s(self, seat_id: str) -> float:
+        """Sequence-seconds that the seat's requests were held between steps."""
+        return 0.0 if self.rows is None else self.rows.held_s(seat_id)
 
     def open_seats(self) -> int:
         return sum(standing is None for standing in self._standings.values())
@@ -239,6 +259,8 @@ class Node:
         """Let in whatever may enter now."""
         started = time.perf_counter()
         now = self.clock()
+        if self.rows is not None:
+            self.admission.borrowed_limit = self.rows.table.borrowed_limit()
         entering = self.admission.dispatch(now)
         DECISION_SECONDS.observe(time.perf_counter() - started)
         for ticket in entering:
@@ -251,9 +273,12 @@ class Node:
             verdict.dispatched = True
             place.entered.set_result(None)
 
-    def record_step(self, outputs: Iterable[StepOutput], finished: Collection[str]) -> None:
-        """Account one engine step, and fill the slots of the requests that `finished` in it."""
-        now = self.clock()
+    def record_step(
+        self, outputs: Iterable[StepOutput], finished: Collection[str], at: float | None = None
+    ) -> None:
+        """Account one engine step that ended `at`, by the clock that the engine shares with `clock`, and
+        fill the slots of the requests that `finished` in it."""
+        now = self.clock() if at is None else at
         produced: list[tuple[Ticket, int]] = []
         started: dict[Ticket, int] = {}
         for request_id, new_tokens, cached_tokens in outputs:
@@ -273,8 +298,12 @@ class Node:
             ticket = self._running.get(request_id)
             if ticket is not None:
                 self._release(ticket)
-        if finished or started:
+        if finished or started or self._more_is_of_use():
             self.pump()
+
+    def _more_is_of_use(self) -> bool:
+        """The step scheduler has use for more borrowed work than it had when work entered last."""
+        return self.rows is not None and self.rows.table.borrowed_limit() > self.admission.borrowed_limit
 
     def _submit(self, verdict: Verdict) -> None:
         seat_id = verdict.pledge.pledge_id

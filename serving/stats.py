@@ -11,6 +11,7 @@ from aiohttp import web
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
+from contract.capacity import NodeCapacity
 from contract.reports import SeatThroughput, ThroughputReport
 from scheduler import SeatReading
 from serving.node import Node
@@ -20,11 +21,17 @@ class StatsServer:
     """Answers `/healthz`, `/readyz`, `/metrics` and `/stats`; starts when the engine is up."""
 
     def __init__(
-        self, node: Node, *, engine_alive: Callable[[], bool], listening: Callable[[], bool]
+        self,
+        node: Node,
+        *,
+        engine_alive: Callable[[], bool],
+        listening: Callable[[], bool],
+        measured: Callable[[], NodeCapacity | None] = lambda: None,
     ) -> None:
         self._node = node
         self._engine_alive = engine_alive
         self._listening = listening
+        self._measured = measured
         self._boot_id = secrets.token_hex(8)
         self._sequence = 0
         self._runner: web.AppRunner | None = None
@@ -69,7 +76,10 @@ class StatsServer:
             sequence=self._sequence,
             at=datetime.datetime.now(datetime.UTC),
             entitlements_revision=self._node.revision(),
-            seats=tuple(_throughput(reading) for reading in self._node.readings()),
+            capacity=self._measured(),
+            seats=tuple(
+                _throughput(reading, self._node.held_s(reading.seat_id)) for reading in self._node.readings()
+            ),
         )
         return web.Response(text=report.model_dump_json(), content_type="application/json")
 
@@ -78,7 +88,7 @@ def _verdict(good: bool, otherwise: str) -> web.Response:
     return web.Response(status=200 if good else 503, text="ok\n" if good else f"{otherwise}\n")
 
 
-def _throughput(reading: SeatReading) -> SeatThroughput:
+def _throughput(reading: SeatReading, held_s: float) -> SeatThroughput:
     return SeatThroughput(
         pledge_id=reading.seat_id,
         **reading.requests,
@@ -86,7 +96,11 @@ def _throughput(reading: SeatReading) -> SeatThroughput:
         cached_tokens=reading.cached_tokens,
         output_tokens=reading.output_tokens,
         owed_tokens=reading.owed_tokens,
+        borrowed_tokens=reading.borrowed_tokens,
+        held_s=held_s,
         shortfall_tokens=reading.shortfall_tokens,
+        attainment_1s=reading.attainment[1],
+        attainment_10s=reading.attainment[10],
         attainment_60s=reading.attainment[60],
         queued=reading.queued,
         in_flight=reading.in_flight,

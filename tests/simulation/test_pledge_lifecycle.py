@@ -111,7 +111,7 @@ class FaultyGateway:
 # --- the machine ---------------------------------------------------------------------------------------
 
 
-def random_step(seed: int) -> tuple[Any, ...]:
+def random_step(seed: bytes) -> tuple[Any, ...]:
     """One of the machine's steps. Hypothesis draws the seed: left to choose steps itself it repeats few of
     them often, and most states lie behind many different ones."""
     pick = random.Random(seed).choice
@@ -283,8 +283,8 @@ class LifecycleMachine(RuleBasedStateMachine):
             self.tick(1)
             assert self.model.pools[0].state == "active"
 
-    @rule(seed=st.integers(0, 2**32 - 1))
-    def act(self, seed: int) -> None:
+    @rule(seed=st.binary(min_size=4, max_size=4))
+    def act(self, seed: bytes) -> None:
         """One rule for all, or Hypothesis would leave some out of each run."""
         name, *arguments = random_step(seed)
         note(f"{name}{tuple(arguments)}")
@@ -299,7 +299,8 @@ class LifecycleMachine(RuleBasedStateMachine):
         self.play(lambda: self.model.put_card(account, card), call)
 
     def buy(self, pool: int, blocks: tuple[str, ...], quantity: int, card: str) -> None:
-        """Somebody who has no pledge in the pool, with this card."""
+        """Somebody who has no pledge in the pool, with this card, while its nodes are there."""
+        self.hear()
         free = [account for account in ACCOUNTS if self.model.open_pledge(account, pool) is None]
         if free:
             if self.model.cards.get(free[0]) != card:
@@ -428,10 +429,14 @@ class LifecycleMachine(RuleBasedStateMachine):
         self.plant.clock.advance(seconds)
         self.model.now = self.plant.clock.now
         if heard:
-            for node in self.model.nodes:
-                node["heard_at"] = self.model.now
-            self.plant.hear_all_nodes()
+            self.hear()
         self.tick(ticks)
+
+    def hear(self) -> None:
+        """All nodes."""
+        for node in self.model.nodes:
+            node["heard_at"] = self.model.now
+        self.plant.hear_all_nodes()
 
     def next_date(self, which: int, offset: int, heard: bool) -> None:
         """Up to one of the next moments at which something is due, or a second beside it."""

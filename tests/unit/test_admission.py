@@ -52,25 +52,40 @@ def tag(admission: Admission, seat_id: str, now: float = 0.0) -> float:
     return admission.read(seat_id, now).virtual_time
 
 
-# --- the guarantee: owed seats and the reserve ----------------------------------------------------
+# --- the guarantee: owed seats and borrowed work ---------------------------------------------------
 
 
-def test_lone_seat_gets_every_slot_but_the_reserve() -> None:
-    admission = node(terms("a", guarantee=50), terms("b", guarantee=50), slots=8)
-    put(admission, "a", *[ask()] * 20)
-    assert len(admission.dispatch(0.0)) == 7
-
-
-def test_seats_without_a_guarantee_reserve_nothing() -> None:
-    admission = node(terms("a"), terms("b"), slots=8)
+def test_lone_seat_gets_every_slot_whatever_idle_seats_are_guaranteed() -> None:
+    admission = node(terms("a", guarantee=50), terms("b", quantity=20, guarantee=50), slots=8)
     put(admission, "a", *[ask()] * 20)
     assert len(admission.dispatch(0.0)) == 8
 
 
-def test_reserve_is_capped_at_its_share_of_the_slots() -> None:
-    admission = node(terms("a"), terms("b", quantity=20, guarantee=50), slots=8)
+def test_owed_work_never_exceeds_the_slots() -> None:
+    admission = node(*(terms(name, guarantee=50) for name in "abcdef"), slots=4)
+    for name in "abcdef":
+        put(admission, name)
+    assert seats_of(admission.dispatch(0.0)) == "abcd"
+
+
+def test_borrowed_work_enters_only_while_the_step_policy_has_use_for_it() -> None:
+    admission = node(terms("a", guarantee=50), terms("b", guarantee=50), slots=8)
+    admission.borrowed_limit = 3
     put(admission, "a", *[ask()] * 20)
-    assert len(admission.dispatch(0.0)) == 4
+    assert len(admission.dispatch(0.0)) == 1 + 3
+    put(admission, "b")
+    assert seats_of(admission.dispatch(0.0)) == "b"
+    admission.borrowed_limit = 4
+    assert len(admission.dispatch(0.0)) == 1
+
+
+def test_request_wider_than_the_borrowed_limit_enters_once_no_borrowed_work_runs() -> None:
+    admission = node(terms("a"), slots=8)
+    admission.borrowed_limit = 2
+    [small, wide] = put(admission, "a", ask(), ask(count=6))
+    assert admission.dispatch(0.0) == [small]
+    admission.release(small, 1.0)
+    assert admission.dispatch(1.0) == [wide]
 
 
 def test_owed_seat_enters_at_once_on_a_node_full_of_borrowed_work() -> None:
@@ -103,24 +118,23 @@ def test_deadline_is_the_grace_plus_the_time_to_read_the_prompt() -> None:
     assert ticket.deadline == 10.0 + 1.0 + 0.5
 
 
-def test_request_wider_than_the_unused_seats_takes_no_reserved_slot() -> None:
+def test_request_wider_than_the_unused_seats_is_borrowed_and_keeps_nobody_out() -> None:
     admission = node(terms("a", guarantee=50), *(terms(x, guarantee=50) for x in "bcd"), slots=8)
-    put(admission, "a", ask(count=4))
-    put(admission, "a", ask(count=4))
-    assert len(admission.dispatch(0.0)) == 1
+    put(admission, "a", *[ask(count=4)] * 3)
+    assert len(admission.dispatch(0.0)) == 2
     for name in "bcd":
         put(admission, name)
     assert sorted(seats_of(admission.dispatch(0.0))) == ["b", "c", "d"]
 
 
-def test_borrowed_work_leaves_kv_cache_for_owed_seats() -> None:
-    admission = node(terms("a"), terms("b", guarantee=50), kv=1_000)
-    put(admission, "a", *[ask(input_tokens=350, max_tokens=100)] * 2)
+def test_owed_work_may_use_the_kv_cache_that_borrowed_work_holds() -> None:
+    admission = node(terms("a"), terms("b", guarantee=50), terms("c", guarantee=50), kv=1_000)
+    put(admission, "a", *[ask(input_tokens=400, max_tokens=100)] * 3)
     assert len(admission.dispatch(0.0)) == 2
-    put(admission, "a", ask(input_tokens=5, max_tokens=1))
-    assert admission.dispatch(0.0) == []
-    put(admission, "b", ask(input_tokens=50, max_tokens=50))
+    put(admission, "b", ask(input_tokens=800, max_tokens=100))
     assert seats_of(admission.dispatch(0.0)) == "b"
+    put(admission, "c", ask(input_tokens=50, max_tokens=51))
+    assert admission.dispatch(0.0) == []
 
 
 def test_prompt_that_the_kv_cache_cannot_hold_beside_others_runs_alone() -> None:
@@ -370,7 +384,7 @@ def test_retry_after_waits_for_every_limit_that_refuses() -> None:
 
 
 def test_request_that_no_waiting_would_admit_has_no_retry_after() -> None:
-    admission = node(terms("a", rpm=5, tpm=1_000), slots=8)
+    admission = node(terms("a", rpm=5, tpm=1_000), slots=4)
     for reason, asks in (
         (Reason.TOO_WIDE, [ask(count=5)]),
         (Reason.TOO_MANY, [ask(1, 1)] * 6),
@@ -439,16 +453,16 @@ def test_block_end_evicts_queued_and_lets_running_finish() -> None:
     assert admission.forget_seat("a")
 
 
-def test_closed_seat_holds_no_reserve_and_a_reopened_one_does() -> None:
-    admission = node(terms("a"), terms("b", quantity=2, guarantee=50), slots=8)
-    admission.close_seat("b", Reason.SUSPENDED, 0.0)
-    put(admission, "a", *[ask()] * 20)
-    running = admission.dispatch(0.0)
-    assert len(running) == 8
-    admission.open_seat(terms("b", quantity=2, guarantee=50), 1.0)
-    for ticket in running[:3]:
-        admission.release(ticket, 1.0)
-    assert len(admission.dispatch(1.0)) == 1
+def test_what_runs_of_a_closed_seat_is_borrowed_and_owed_again_when_it_reopens() -> None:
+    admission = node(terms("a"), terms("b", quantity=2, guarantee=50), slots=4)
+    put(admission, "b", ask(), ask())
+    assert len(admission.dispatch(0.0)) == 2
+    admission.borrowed_limit = 2
+    admission.close_seat("b", Reason.OUTSIDE_BLOCK, 1.0)
+    put(admission, "a")
+    assert admission.dispatch(1.0) == []
+    admission.open_seat(terms("b", quantity=2, guarantee=50), 2.0)
+    assert seats_of(admission.dispatch(2.0)) == "a"
 
 
 def test_new_terms_keep_queue_and_debts() -> None:

@@ -124,9 +124,9 @@ def test_attainment_is_delivered_over_owed_and_at_most_one() -> None:
     book.first_token(1, 0.0)
     for second in range(10):
         book.deliver(40, second + 0.5)
-    assert book.attainment(10, 10.0) == pytest.approx(0.8)
+    assert book.attainment(10, 10.5) == pytest.approx(0.8)
     book.deliver(1_000, 10.5)
-    assert book.attainment(1, 11.0) == 1.0
+    assert book.attainment(1, 11.5) == 1.0
 
 
 def test_attainment_forgets_what_lies_before_its_window() -> None:
@@ -134,8 +134,34 @@ def test_attainment_forgets_what_lies_before_its_window() -> None:
     book.expect(1, 1, deadline=0.5)
     for second in range(60, 70):
         book.deliver(50, second + 0.5)
-    assert book.attainment(10, 70.0) == pytest.approx(1.0)
-    assert book.attainment(60, 70.0) == pytest.approx(500 / (60 * G))
+    assert book.attainment(10, 70.5) == pytest.approx(1.0)
+    assert book.attainment(60, 70.5) == pytest.approx(500 / (60 * G))
+
+
+def test_a_second_counts_once_its_last_tokens_are_in() -> None:
+    book = ledger()
+    book.expect(1, 1, deadline=0.0)
+    book.deliver(50, 0.5)
+    book.deliver(10, 1.9)
+    book.advance(2.3)
+    assert book.attainment(1, 2.3) == pytest.approx(1.0), "the second before"
+    book.deliver(40, 1.95)
+    assert book.attainment(1, 2.6) == pytest.approx(1.0)
+
+
+def test_tokens_that_nothing_was_owed_for_are_borrowed() -> None:
+    book = ledger()
+    book.expect(1, 1, deadline=9.0)
+    book.first_token(1, 0.0)
+    book.deliver(30, 1.0)
+    assert book.borrowed == 0
+    book.deliver(30, 1.0)
+    assert book.borrowed == pytest.approx(10)
+    book.deliver(50, 2.0)
+    assert book.borrowed == pytest.approx(10)
+    book.end(1, 1, 2.0)
+    book.deliver(5, 3.0)
+    assert book.borrowed == pytest.approx(15)
 
 
 def test_deadlines_kept_are_bounded_by_unfinished_requests() -> None:

@@ -211,7 +211,7 @@ async def test_removed_pledge_is_revoked_and_forgotten_once_there_are_too_many(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("serving.node.KEPT_REVOKED_SEATS", 0)
-    node, _ = node_with(pledge("a"), pledge("b"), slots=2)
+    node, _ = node_with(pledge("a"), pledge("b"), slots=1)
     running, queued = Caller(node, Verdict(pledge("a"))), Caller(node, late := Verdict(pledge("a")))
     await settle()
     node.apply(snapshot(pledge("b"), revision=2))
@@ -279,15 +279,17 @@ async def test_drain_gives_the_queue_back_and_lets_the_running_finish() -> None:
 
 
 async def test_more_seats_apply_to_what_is_queued() -> None:
-    two = pledge(quantity=2)
-    node, _ = node_with(pledge(), pledge("b"), slots=2)
+    node, _ = node_with(pledge(), pledge("b"), slots=3)
+    others = [Caller(node, Verdict(pledge("b"))) for _ in range(3)]
+    await settle()
     first, second = Caller(node, Verdict(pledge())), Caller(node, Verdict(pledge()))
     await settle()
-    assert second.ticket_id is None, "the other slot is kept for b"
-    node.apply(snapshot(two, pledge("b"), revision=2))
+    assert first.ticket_id is not None, "owed"
+    assert second.ticket_id is None, "borrowed, and all slots are taken"
+    node.apply(snapshot(pledge(quantity=2), pledge("b"), revision=2))
     await settle()
     assert second.ticket_id is not None
-    for caller in (first, second):
+    for caller in (first, second, *others):
         caller.leave.set()
 
 

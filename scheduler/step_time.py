@@ -1,0 +1,165 @@
+"""Fits the step-time model to the steps of a running engine.
+
+Weighted least squares with forgetting on the five terms of `StepTime`, none below 0. Three things make it
+hold on a real machine:
+
+* Rows are relative (divided by the predicted time), so that a long step does not outvote a hundred short
+  ones, and a residual far beyond the usual ones counts as its sign only (Huber 1964): a paused process, a
+  compilation or a page fault moves nothing.
+* What the running batch does not vary cannot be told apart; there the fit keeps to the ratios of its seed.
+* A machine that becomes slower as a whole (throttled, shared) is followed within tens of steps by one factor,
+  while the five terms keep the memory of thousands.
+
+Time between steps is not the model's business: the caller passes the time of steps alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple
+from operator import mul
+
+from contract.step_time import StepTime
+
+_TERMS = 5
+_UNITS = (1.0, 100.0, 10.0, 10_000.0, 0.1)
+"""Per term a usual size, so that all columns are of one magnitude."""
+_TYPICAL = (1.0, 256.0, 16.0, 8_192.0, 0.5)
+"""The step at which the seed weighs as much as the samples that it stands for."""
+_SOLVE_EVERY = 16
+_MEMORY = 2_000
+"""Steps after which a sample has lost two thirds of its weight."""
+_SPEED_GAIN = 0.05
+_ERROR_GAIN = 0.02
+_HUBER = 3.0
+_LEAST_SCALE = 0.02
+"""Relative residuals below this are never outliers."""
+
+Row = tuple[float, float, float, float, float]
+
+
+class StepTimeFit:
+    """The step time of one engine, learned while it runs.
+
+    Invariants: no term of `model` is negative; `model` is what was last solved for times `speed`; one
+    sample changes `speed` by at most `_SPEED_GAIN * _HUBER` usual residuals.
+    """
+
+    def __init__(self, seed: StepTime, *, seed_samples: float = 5.0) -> None:
+        """`seed_samples`: how many samples the seed counts for; more for the fit of an earlier run."""
+        self.model = seed
+        self.samples = 0
+        self.error = 0.0
+        """Mean relative error of the predictions, of late."""
+        self.speed = 1.0
+        """Measured over fitted time, of late: above 1 while the machine is slower than it used to be."""
+        self._active_share = seed.active_share
+        self._terms = _scaled(seed)
+        self._raw = seed
+        self._scale = 0.1
+        usual = _row(seed, *_TYPICAL[1:4])
+        self._rows = [[0.0] * _TERMS for _ in range(_TERMS)]
+        self._sums = [0.0] * _TERMS
+        expected = seed.seconds(*_TYPICAL[1:4])
+        self._prior = [seed_samples * (x / expected) ** 2 for x in usual]
+        self._prior_sums = [weight * term for weight, term in zip(self._prior, self._terms, strict=True)]
+
+    def observe(self, prefill_tokens: float, decodes: float, kv_tokens: float, seconds: float) -> None:
+        """One step took `seconds`. Steps without work, and impossible times, are passed over."""
+        if not 0.0 < seconds < 60.0 or prefill_tokens + decodes <= 0:
+            return
+        row = _row(self._raw, prefill_tokens, decodes, kv_tokens)
+        fitted = max(1e-6, sum(map(mul, self._terms, row)))
+        residual = seconds / (fitted * self.speed) - 1.0
+        limit = _HUBER * self._scale
+        clipped = max(-limit, min(limit, residual))
+        self._scale = max(_LEAST_SCALE, self._scale + 0.05 * (abs(clipped) - self._scale))
+        self.error += _ERROR_GAIN * (min(1.0, abs(residual)) - self.error)
+        self.speed *= 1.0 + _SPEED_GAIN * clipped
+        # The clipped time, not the measured one: an outlier pulls by its sign, not by its size.
+        self._add(row, fitted, fitted * self.speed * (1.0 + clipped))
+        self.samples += 1
+        if self.samples % _SOLVE_EVERY == 0:
+            self._solve()
+
+    def _add(self, row: Row, fitted: float, seconds: float) -> None:
+        kept = 1.0 - 1.0 / _MEMORY
+        weight = 1.0 / (fitted * fitted)
+        for i, x in enumerate(row):
+            line, wx = self._rows[i], weight * x
+            for j in range(i, _TERMS):
+                line[j] = line[j] * kept + wx * row[j]
+            self._sums[i] = self._sums[i] * kept + wx * seconds
+
+    def _solve(self) -> None:
+        free = [i for i in range(_TERMS) if self._prior[i] > 0.0]
+        terms = [0.0] * _TERMS
+        while free:
+            solved = _solve_linear(
+                [[self._entry(i, j) for j in free] for i in free],
+                [self._sums[i] + self._prior_sums[i] for i in free],
+            )
+            # A term that comes out negative is 0, and the others are solved again without it.
+            lowest = min(range(len(free)), key=lambda k: solved[k])
+            if solved[lowest] >= 0.0:
+                for i, value in zip(free, solved, strict=True):
+                    terms[i] = value
+                break
+            del free[lowest]
+        if not any(terms):
+            return
+        # The terms have taken up part of what the factor followed.
+        before, after = (sum(map(mul, each, self._usual())) for each in (self._terms, terms))
+        if before > 0.0 and after > 0.0:
+            self.speed = min(10.0, max(0.1, self.speed * before / after))
+        self._terms = terms
+        self._raw = self._model(1.0)
+        self.model = self._model(self.speed)
+
+    def _usual(self) -> list[float]:
+        """The mean step of late."""
+        count = max(1e-9, self._rows[0][0])
+        return [self._rows[0][j] / count for j in range(_TERMS)]
+
+    def _entry(self, i: int, j: int) -> float:
+        value = self._rows[min(i, j)][max(i, j)]
+        return value + self._prior[i] if i == j else value
+
+    def _model(self, speed: float) -> StepTime:
+        base, prefill, decode, kv, experts = (
+            speed * term / unit for term, unit in zip(self._terms, _UNITS, strict=True)
+        )
+        return StepTime(base, prefill, decode, kv, experts, self._active_share)
+
+
+def _scaled(model: StepTime) -> list[float]:
+    return [value * unit for value, unit in zip(astuple(model)[:_TERMS], _UNITS, strict=True)]
+
+
+def _row(model: StepTime, prefill_tokens: float, decodes: float, kv_tokens: float) -> Row:
+    return (
+        1.0,
+        prefill_tokens / _UNITS[1],
+        decodes / _UNITS[2],
+        kv_tokens / _UNITS[3],
+        model.touched(decodes) / _UNITS[4] if model.active_share else 0.0,
+    )
+
+
+def _solve_linear(matrix: list[list[float]], right: list[float]) -> list[float]:
+    """Gaussian elimination with pivots; `matrix` is symmetric and positive definite."""
+    size = len(right)
+    for i in range(size):
+        pivot = max(range(i, size), key=lambda k: abs(matrix[k][i]))
+        matrix[i], matrix[pivot] = matrix[pivot], matrix[i]
+        right[i], right[pivot] = right[pivot], right[i]
+        for k in range(i + 1, size):
+            factor = matrix[k][i] / matrix[i][i]
+            for j in range(i, size):
+                matrix[k][j] -= factor * matrix[i][j]
+            right[k] -= factor * right[i]
+    solved = [0.0] * size
+    for i in range(size - 1, -1, -1):
+        rest = math.fsum(matrix[i][j] * solved[j] for j in range(i + 1, size))
+        solved[i] = (right[i] - rest) / matrix[i][i]
+    return solved

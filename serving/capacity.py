@@ -1,0 +1,114 @@
+"""What the running node knows of its own capacity, measured once and then learned from every step.
+
+The fit is kept beside the entitlements, so that the next start begins with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import logging
+import os
+from pathlib import Path
+
+from contract.capacity import NodeCapacity, parse_capacity
+from contract.errors import ContractError
+from contract.step_time import StepTime
+from scheduler import Capacity
+from serving.step_table import StepTable
+
+log = logging.getLogger("boosts.serving")
+
+KEPT_SAMPLES = 50.0
+"""Steps that the fit of an earlier run counts for."""
+GUESS_SAMPLES = 5.0
+ENOUGH_SAMPLES = 100
+"""Steps without which a fit says nothing of the machine."""
+SAVE_S = 60.0
+
+_GUESS = StepTime(base_s=5e-3, prefill_token_s=50e-6, decode_s=50e-6, kv_token_s=10e-9)
+"""The order of magnitude on any machine, for the first steps."""
+_GUESSED_EXPERTS_S = 5e-3
+
+
+class CapacityFile:
+    """The last run's fit of this model, on disk."""
+
+    def __init__(self, path: Path, model_id: str) -> None:
+        self._path = path
+        self._model_id = model_id
+
+    def read(self) -> NodeCapacity | None:
+        """None if there is none, or if it is another model's; a broken one is told of and passed over."""
+        try:
+            capacity = parse_capacity(self._path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (ContractError, OSError) as error:
+            log.warning("%s is of no use and will be written anew: %s", self._path, error)
+            return None
+        return capacity if capacity.model_id == self._model_id else None
+
+    def write(self, capacity: NodeCapacity) -> None:
+        """Replace it whole. Raises OSError."""
+        beside = self._path.with_name(f".{self._path.name}.new")
+        with beside.open("w") as file:
+            file.write(capacity.model_dump_json(indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(self._path)
+
+
+def first_guess(active_share: float) -> StepTime:
+    """Where the fit begins on a machine that was never measured; `active_share` is 0 for a dense model."""
+    if not active_share:
+        return _GUESS
+    return StepTime(
+        _GUESS.base_s,
+        _GUESS.prefill_token_s,
+        _GUESS.decode_s,
+        _GUESS.kv_token_s,
+        _GUESSED_EXPERTS_S,
+        active_share,
+    )
+
+
+def measured(table: StepTable, model_id: str, capacity: Capacity) -> NodeCapacity | None:
+    """What the step scheduler has found out by now; None while that is too little."""
+    readings = table.read()
+    if readings.model_samples < ENOUGH_SAMPLES:
+        return None
+    step_time = readings.step_time
+    return NodeCapacity(
+        model_id=model_id,
+        base_s=step_time.base_s,
+        prefill_token_s=step_time.prefill_token_s,
+        decode_s=step_time.decode_s,
+        kv_token_s=step_time.kv_token_s,
+        experts_s=step_time.experts_s,
+        active_share=step_time.active_share,
+        slots=capacity.slots,
+        kv_tokens=capacity.kv_tokens,
+        error=readings.model_error,
+        measured_at=datetime.datetime.now(datetime.UTC),
+    )
+
+
+async def keep(file: CapacityFile, table: StepTable, model_id: str, capacity: Capacity) -> None:
+    """Save the fit now and then until canceled, and once more then."""
+    try:
+        while True:
+            await asyncio.sleep(SAVE_S)
+            _save(file, measured(table, model_id, capacity))
+    finally:
+        _save(file, measured(table, model_id, capacity))
+
+
+def _save(file: CapacityFile, capacity: NodeCapacity | None) -> None:
+    if capacity is None:
+        return
+    try:
+        file.write(capacity)
+    except OSError as error:
+        # The next start measures again.
+        log.warning("cannot save what was measured: %s", error)

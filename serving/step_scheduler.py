@@ -1,0 +1,217 @@
+"""The step scheduler: the step policy in the place of vLLM's own choice of batch. Written for vLLM 0.32.
+
+It runs in EngineCore, chosen by `--scheduler-cls`, and only adapts: `scheduler.steps.StepPolicy` decides.
+
+* To hold a request, its `next_decode_eligible_step` is set beyond every step: vLLM then passes over it and
+  keeps it in `running`, so that its slot and KV cache stay counted, and it can still be a victim.
+* vLLM takes KV cache from the end of `running`; while it is short, `running` is sorted so that the end is the
+  borrowed request that is furthest ahead.
+* An owed request that finds no slot or no KV cache takes them from borrowed ones, by vLLM's own preemption.
+* Prompts are limited by `max_num_scheduled_tokens`, per step.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from vllm import __version__ as vllm_version
+from vllm.config import VllmConfig
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from scheduler.step_time import StepTimeFit
+from scheduler.steps import StepPolicy
+from serving.step_table import ENVIRONMENT, NOBODY, StepTable
+
+VLLM_VERSIONS = "0.32."
+SEAT = "boosts_seat"
+"""Key of `SamplingParams.extra_args`: the seat's row in the table."""
+
+_NEVER = 2**62
+_REFRESH_STEPS = 16
+"""Steps after which the seats' terms are read again: how late a block's end reaches running requests."""
+_READY = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+
+
+class SeatScheduler(AsyncScheduler):
+    """vLLM's scheduler with revocable borrowed work.
+
+    Invariant: the policy knows exactly the requests in `self.requests`, until they are finished.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        _refuse_unknown(vllm_config)
+        super().__init__(vllm_config, *args, **kwargs)
+        self._table = StepTable.open(Path(os.environ[ENVIRONMENT]))
+        seed, samples = self._table.seed()
+        self._step_policy = StepPolicy(StepTimeFit(seed, seed_samples=samples))
+        self._most_tokens = self.max_num_scheduled_tokens
+        self._until_refresh = 0
+        self._preempted = 0
+        self._own_s = 0.0
+
+    # --- requests come and go ----------------------------------------------------------------------
+
+    def add_request(self, request: Request) -> None:
+        began = time.perf_counter()
+        if request.request_id not in self._step_policy.streams:
+            params = request.sampling_params
+            row = int((params.extra_args or {}).get(SEAT, NOBODY)) if params is not None else NOBODY
+            self._read_seat(row)
+            self._step_policy.enter(request.request_id, row, request.num_tokens)
+        self._own_s += time.perf_counter() - began
+        super().add_request(request)
+
+    def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
+        began = time.perf_counter()
+        self._step_policy.leave(request.request_id, time.monotonic())
+        self._own_s += time.perf_counter() - began
+        return super()._free_request(request, delay_free_blocks)
+
+    def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
+        super()._preempt_request(request, timestamp, drop_stale_output)
+        request.next_decode_eligible_step = 0
+        self._step_policy.preempted(request.request_id, request.num_tokens, timestamp)
+        self._preempted += 1
+
+    # --- each step ---------------------------------------------------------------------------------
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        began = time.perf_counter()
+        self._prepare(time.monotonic())
+        own_s = time.perf_counter() - began
+        try:
+            output = super().schedule(throttle_prefills)
+        finally:
+            self.max_num_scheduled_tokens = self._most_tokens
+        began = time.perf_counter()
+        self._tell_cached(output)
+        self._step_policy.composed(output.num_scheduled_tokens, time.monotonic())
+        self._publish()
+        self._table.count_own_time(self._own_s + own_s + time.perf_counter() - began)
+        self._own_s = 0.0
+        return output
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
+        began = time.perf_counter()
+        # One call for each call of `schedule`, in the same order.
+        self._step_policy.completed(time.monotonic())
+        self._own_s += time.perf_counter() - began
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _prepare(self, now: float) -> None:
+        policy = self._step_policy
+        self._until_refresh -= 1
+        if self._until_refresh <= 0:
+            self._until_refresh = _REFRESH_STEPS
+            self._refresh_seats()
+        plan = policy.plan(now)
+        for stream in plan.changed:
+            self.requests[str(stream.stream_id)].next_decode_eligible_step = _NEVER if stream.held else 0
+        if plan.prefill_tokens is not None:
+            decodes = (len(self.running) - policy.held) * (1 + self.num_spec_tokens)
+            self.max_num_scheduled_tokens = min(self._most_tokens, max(1, decodes + plan.prefill_tokens))
+        if self.waiting:
+            self._make_way(now)
+        if self._free_blocks_left() < len(self.running) + self._blocks(self.max_num_scheduled_tokens):
+            self.running.sort(key=lambda request: policy.rank(request.request_id))
+
+    def _make_way(self, now: float) -> None:
+        """Put owed requests first, and give them the slots and KV cache of borrowed ones if they need it."""
+        streams = self._step_policy.streams
+        owed = [each for each in self.waiting if streams[each.request_id].owed]
+        if not owed:
+            return
+        ready = [each for each in owed if each.status in _READY]
+        slots = len(ready) - (self.max_num_active_reqs - len(self.running))
+        kv_blocks = sum(self._blocks(each.num_tokens) + 1 for each in ready)
+        while slots > 0 or self._free_blocks_left() < kv_blocks:
+            victim_id = self._step_policy.victim(each.request_id for each in self.running)
+            if victim_id is None or not self._request_blocks_can_be_freed(
+                victim := self.requests[str(victim_id)]
+            ):
+                break
+            self.running.remove(victim)
+            self._preempt_request(victim, now)
+            slots -= 1
+        for request in reversed(owed):
+            self.waiting.remove_request(request)
+            self.waiting.prepend_request(request)
+
+    def _free_blocks_left(self) -> int:
+        return int(self.kv_cache_manager.block_pool.get_num_free_blocks())
+
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // self.block_size)
+
+    def _tell_cached(self, output: SchedulerOutput) -> None:
+        """Tell the policy what prompts found in the prefix cache."""
+        scheduled = output.num_scheduled_tokens
+        for started in output.scheduled_new_reqs:
+            self._tell_one_cached(started.req_id, scheduled)
+        for request_id in output.scheduled_cached_reqs.resumed_req_ids:
+            self._tell_one_cached(request_id, scheduled)
+
+    def _tell_one_cached(self, request_id: str, scheduled: dict[str, int]) -> None:
+        cached = self.requests[request_id].num_computed_tokens - scheduled[request_id]
+        if cached > 0:
+            self._step_policy.cached(request_id, cached)
+
+    # --- the table ---------------------------------------------------------------------------------
+
+    def _read_seat(self, row: int) -> None:
+        seat = self._table.read_seat(row)
+        self._step_policy.set_seat(
+            row, seat.guarantee_tok_s, seat.prefill_tok_s, max(1, int(seat.quantity)), max(1e-9, seat.weight)
+        )
+
+    def _refresh_seats(self) -> None:
+        for row, seat in list(self._step_policy.seats.items()):
+            assert isinstance(row, int)
+            if seat.held_s:
+                self._table.add_held(row, seat.held_s)
+                seat.held_s = 0.0
+            if seat.streams:
+                self._read_seat(row)
+            else:
+                self._step_policy.forget_seat(row)
+
+    def _publish(self) -> None:
+        policy, fit = self._step_policy, self._step_policy.fit
+        self._table.write(
+            held=policy.held,
+            borrowed_limit=policy.borrowed_limit,
+            allowed_s=policy.allowed_s or 0.0,
+            preempted=self._preempted,
+        )
+        if fit.samples % _REFRESH_STEPS == 0:
+            model = fit.model
+            self._table.write(
+                model_samples=fit.samples,
+                model_error=fit.error,
+                base_s=model.base_s,
+                prefill_token_s=model.prefill_token_s,
+                decode_s=model.decode_s,
+                kv_token_s=model.kv_token_s,
+                experts_s=model.experts_s,
+                active_share=model.active_share,
+            )
+
+
+def _refuse_unknown(config: VllmConfig) -> None:
+    """Raise ValueError, saying why, for what this file was not written for."""
+    if not vllm_version.startswith(VLLM_VERSIONS):
+        raise ValueError(f"the step scheduler extends vLLM {VLLM_VERSIONS}x, not {vllm_version}")
+    parallel = config.parallel_config
+    if parallel.pipeline_parallel_size > 1 or parallel.data_parallel_size > 1:
+        raise ValueError(
+            "the step scheduler knows neither pipeline nor data parallelism; use tensor parallelism"
+        )
+    if config.scheduler_config.policy != "fcfs":
+        raise ValueError(
+            "the step scheduler replaces vLLM's scheduling policy; leave --scheduling-policy alone"
+        )
