@@ -26,6 +26,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from heapq import nlargest, nsmallest
 from typing import Any
 
 from scheduler.step_time import StepTimeFit
@@ -88,7 +89,7 @@ class StepSeat:
         self.held_s = 0.0
         """Sequence-seconds held so far."""
         self.decoded = 0
-        """Tokens since `counted_at`."""
+        """Tokens that are not in its lead yet, of streams that are gone."""
         self.counted_at: float | None = None
         """Up to when its lead is known; None while it is owed no pace."""
         self.lead = 0.0
@@ -100,8 +101,13 @@ class StepSeat:
         """Tokens per second owed to the sequences that decode."""
         if self.guarantee_tok_s <= 0.0:
             return 0.0
-        decoding = sum(stream.decoding for stream in self.streams.values())
-        return self.guarantee_tok_s * min(self.quantity, decoding)
+        decoding = 0
+        for stream in self.streams.values():
+            if stream.prefill_left == 0:
+                decoding += 1
+                if decoding == self.quantity:
+                    break
+        return self.guarantee_tok_s * decoding
 
 
 class Stream:
@@ -116,6 +122,7 @@ class Stream:
         "held",
         "held_since",
         "owed",
+        "preemptions",
         "prefill_left",
         "running",
         "seat",
@@ -135,9 +142,10 @@ class Stream:
         self.owed = False
         self.held = False
         self.held_since = 0.0
+        self.preemptions = 0
         self.tag = tag
         self.decoded = 0
-        """Tokens that its tag does not count yet."""
+        """Tokens that neither its tag nor its seat's lead counts yet."""
 
     @property
     def decoding(self) -> bool:
@@ -247,6 +255,7 @@ class StepPolicy:
         self._changed.pop(stream, None)
         self._prompts.pop(stream_id, None)
         del stream.seat.streams[stream_id]
+        stream.seat.decoded += stream.decoded
         self._classify(stream.seat)
         self._gone(stream)
         if not self.streams:
@@ -258,6 +267,7 @@ class StepPolicy:
         self._set_held(stream, False, now)
         self._gone(stream)
         stream.running = False
+        stream.preemptions += 1
         stream.computed = 0
         stream.prefill_left = recompute_tokens
         self._prompts[stream_id] = stream
@@ -311,7 +321,6 @@ class StepPolicy:
                 decodes += 1
                 stream.computed += 1
                 stream.decoded += 1
-                stream.seat.decoded += 1
             kv_tokens += stream.computed
         self._decodes, self._kv_tokens = decodes, kv_tokens
         self._steps.append(Composed(now, prefill, decodes, kv_tokens))
@@ -324,7 +333,7 @@ class StepPolicy:
         if stream.decoding:
             # With its last chunk it makes its first token.
             del self._prompts[stream.stream_id]
-            stream.seat.decoded += 1
+            stream.decoded += 1
             self._review |= stream.owed
             self._refill |= not stream.owed
 
@@ -338,12 +347,15 @@ class StepPolicy:
     # --- victims -----------------------------------------------------------------------------------
 
     def victim(self, among: Iterable[Hashable]) -> Hashable | None:
-        """The borrowed sequence to preempt first, furthest ahead; None if all are owed."""
+        """The borrowed sequence whose slot an owed one takes; None if all are owed. The one that was
+        preempted least, and of these the one that is cheapest to compute again."""
         borrowed = [stream for each in among if not (stream := self.streams[each]).owed]
-        return max(borrowed, key=_tag).stream_id if borrowed else None
+        if not borrowed:
+            return None
+        return min(borrowed, key=lambda stream: (stream.preemptions, stream.computed)).stream_id
 
     def rank(self, stream_id: Hashable) -> tuple[bool, float]:
-        """A sort key: who is to lose its KV cache last comes first."""
+        """A sort key by which KV cache is taken from the end: from borrowed work that is furthest ahead."""
         stream = self.streams[stream_id]
         return (not stream.owed, _tag(stream))
 
@@ -353,26 +365,30 @@ class StepPolicy:
         self._review = self._refill = False
         self._until_review = self.rules.review_steps
         owed = self._account(now)
+        borrowed = self._borrowed_decodes()
+        if borrowed:
+            self._virtual = max(self._virtual, min(stream.tag for stream in borrowed))
         if not owed:
             self._free_all(now)
             return
         self._owed_at = now
-        self._settle_tags()
-        borrowed = self._borrowed_decodes()
-        borrowed.sort(key=self._place)
         self._room = self._fitting(owed, borrowed)
         for place, stream in enumerate(borrowed):
             self._set_held(stream, place >= self._room, now)
-        for stream in self.streams.values():
-            if stream.owed:
+        for seat in owed:
+            for stream in seat.streams.values():
+                if not stream.owed:
+                    break
                 self._set_held(stream, False, now)
-        self.borrowed_limit = self._room + max(1, int(self._room * self.rules.spare_share))
+        self.borrowed_limit = min(UNLIMITED, self._room + max(1, int(self._room * self.rules.spare_share)))
 
     def _account(self, now: float) -> dict[StepSeat, float]:
-        """Bring the leads up to `now`; the rate that each seat with an owed pace should get."""
-        rules, needed = self.rules, {}
+        """Bring tags and leads up to `now`; the rate that each seat with an owed pace should get."""
+        rules = self.rules
+        needed: dict[StepSeat, float] = {}
         self._behind = False
         for seat in self.seats.values():
+            decoded = self._settle(seat)
             rate = seat.owed_rate()
             if rate <= 0.0:
                 seat.counted_at = None
@@ -380,15 +396,16 @@ class StepPolicy:
             if seat.counted_at is None:
                 seat.lead = 0.0
             else:
-                lead = seat.lead + seat.decoded - rate * (now - seat.counted_at)
+                lead = seat.lead + decoded - rate * (now - seat.counted_at)
                 seat.lead = max(-rate * rules.kept_lag_s, min(rate * rules.kept_lead_s, lead))
-            seat.counted_at, seat.decoded = now, 0
+            seat.counted_at = now
             self._behind |= seat.lead < -rate * rules.kept_lead_s
             needed[seat] = max(0.5 * rate, rate * (1.0 + rules.margin) - seat.lead / rules.horizon_s)
         return needed
 
     def _fitting(self, needed: dict[StepSeat, float], borrowed: list[Stream]) -> int:
-        """How many borrowed decodes may take part, in their order; where all do, how many like them could."""
+        """How many borrowed decodes may take part; where all do, how many like them could. Puts them in the
+        order in which they do, unless all fit."""
         model = self.fit.model
         decodes = kv_tokens = 0
         for seat in needed:
@@ -398,26 +415,37 @@ class StepPolicy:
                     seat.visible += 1
                     kv_tokens += stream.computed
             decodes += seat.visible
-        allowed = min(seat.visible / rate for seat, rate in needed.items())
+        tightest = min(needed, key=lambda seat: seat.visible / needed[seat])
+        allowed = tightest.visible / needed[tightest]
         prompts = self._prompt_time(allowed - model.seconds(0, decodes, kv_tokens))
-        fitting = 0
-        for stream in borrowed:
-            longer = allowed
+        all_decodes = decodes + len(borrowed)
+        all_kv_tokens = kv_tokens + sum(stream.computed for stream in borrowed)
+        self.allowed_s = allowed
+        if model.seconds(0, all_decodes, all_kv_tokens) + prompts <= allowed:
+            room_s = allowed - prompts - model.seconds(0, all_decodes, all_kv_tokens)
+            return len(borrowed) + self._more(all_decodes, all_kv_tokens, room_s)
+        self._sort(borrowed)
+        for place, stream in enumerate(borrowed):
             if stream.seat in needed:
                 # The seat's own further sequences bring it tokens too, so each may be slower.
                 stream.seat.visible += 1
-                longer = min(seat.visible / rate for seat, rate in needed.items())
-            if model.seconds(0, decodes + 1, kv_tokens + stream.computed) + prompts > longer:
-                break
-            allowed, decodes, kv_tokens = longer, decodes + 1, kv_tokens + stream.computed
-            fitting += 1
-        self.allowed_s = allowed
-        if fitting == len(borrowed):
-            mean = kv_tokens / max(1, decodes)
-            more = allowed - prompts - model.seconds(0, decodes, kv_tokens)
-            each = model.seconds(0, decodes + 1, kv_tokens + mean) - model.seconds(0, decodes, kv_tokens)
-            fitting += min(UNLIMITED, int(max(0.0, more) / max(1e-9, each)))
-        return fitting
+                if stream.seat is tightest:
+                    tightest = min(needed, key=lambda seat: seat.visible / needed[seat])
+                    self.allowed_s = tightest.visible / needed[tightest]
+            decodes, kv_tokens = decodes + 1, kv_tokens + stream.computed
+            if model.seconds(0, decodes, kv_tokens) + prompts > self.allowed_s:
+                return place
+        if len(needed) == 1 and all(stream.seat in needed for stream in borrowed):
+            # Whoever is alone may be as many as it likes: they all bring it tokens.
+            return UNLIMITED
+        room_s = self.allowed_s - prompts - model.seconds(0, decodes, kv_tokens)
+        return len(borrowed) + self._more(decodes, kv_tokens, room_s)
+
+    def _more(self, decodes: int, kv_tokens: int, room_s: float) -> int:
+        """How many further decodes like these `room_s` has room for."""
+        model, kv_each = self.fit.model, kv_tokens / max(1, decodes)
+        each_s = model.seconds(0, decodes + 1, kv_tokens + kv_each) - model.seconds(0, decodes, kv_tokens)
+        return int(min(UNLIMITED, room_s / max(1e-9, each_s)))
 
     def _prompt_time(self, room_s: float) -> float:
         """The part of a step's room that is kept for the borrowed prompts in the engine."""
@@ -430,35 +458,36 @@ class StepPolicy:
         if self.allowed_s is None:
             return
         borrowed = self._borrowed_decodes()
-        too_many = sum(not stream.held for stream in borrowed) - self._room
-        if too_many > 0:
-            borrowed.sort(key=_tag, reverse=True)
-        else:
-            borrowed.sort(key=_tag)
-        changing = [stream for stream in borrowed if stream.held == (too_many < 0)]
-        for stream in changing[: abs(too_many)]:
-            self._set_held(stream, too_many > 0, now)
+        held = [stream for stream in borrowed if stream.held]
+        taking_part = len(borrowed) - len(held)
+        if taking_part < self._room:
+            for stream in nsmallest(self._room - taking_part, held, key=_tag):
+                self._set_held(stream, False, now)
+        elif taking_part > self._room:
+            free = [stream for stream in borrowed if not stream.held]
+            for stream in nlargest(taking_part - self._room, free, key=_tag):
+                self._set_held(stream, True, now)
 
     def _borrowed_decodes(self) -> list[Stream]:
-        return [stream for stream in self.streams.values() if stream.decoding and not stream.owed]
+        return [stream for stream in self.streams.values() if not (stream.prefill_left or stream.owed)]
 
-    def _settle_tags(self) -> None:
-        """Count what was decoded; owed work counts as none, and who is idle competes from now on."""
-        lowest = None
-        for stream in self.streams.values():
-            if stream.owed:
-                stream.tag, stream.decoded = self._virtual, 0
-                continue
-            stream.tag += stream.decoded / stream.share
+    def _settle(self, seat: StepSeat) -> int:
+        """Let the tags of a seat's streams have what was decoded, and return it. Owed work counts as none: a
+        stream that was owed competes from the present virtual time."""
+        decoded, seat.decoded = seat.decoded, 0
+        if not seat.streams:
+            return decoded
+        tokens = len(seat.streams) / seat.weight
+        for stream in seat.streams.values():
+            decoded += stream.decoded
+            stream.tag = self._virtual if stream.owed else stream.tag + stream.decoded * tokens
             stream.decoded = 0
-            if stream.decoding and (lowest is None or stream.tag < lowest):
-                lowest = stream.tag
-        if lowest is not None:
-            self._virtual = max(self._virtual, lowest)
+        return decoded
 
-    def _place(self, stream: Stream) -> float:
-        """The order of taking part: by tag, but who takes part already stays for a while."""
-        return stream.tag if stream.held else stream.tag - self.rules.stickiness / stream.share
+    def _sort(self, borrowed: list[Stream]) -> None:
+        """By tag, but who takes part already stays for a while."""
+        stay = self.rules.stickiness
+        borrowed.sort(key=lambda each: each.tag if each.held else each.tag - stay / each.share)
 
     def _free_all(self, now: float) -> None:
         self.allowed_s = None
