@@ -32,6 +32,7 @@ from typing import Any
 from scheduler.step_time import StepTimeFit
 
 UNLIMITED = 2**31
+_PREFILL_GAIN = 1 / 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +52,16 @@ class StepRules:
     kept_lag_s: float = 0.25
     """A lag counts for at most this much; more was not the batch's fault."""
     prefill_share: float = 0.5
-    """Share of the room in a step that waiting borrowed prompts get before borrowed decodes."""
+    """Borrowed decodes leave room for as many prompt tokens as steps had of late, but at most this share of
+    what the owed ones leave."""
     stretch: float = 2.0
-    """An owed prompt may lengthen a step to this many times the pace, while nobody is behind."""
+    """Prompts may lengthen a step to this many times the pace, while nobody is behind."""
     spare_share: float = 0.125
     """Borrowed sequences of use in the engine beyond those that take part, so that no step goes short
     between an end and the next entry."""
-    linger_s: float = 0.25
-    """Entry of borrowed work stays limited for this long after the last owed sequence has left."""
+    ramp_s: float = 0.15
+    """Time in which `borrowed_limit` may double: a pause between two owed requests must not let in a crowd
+    that would only be held."""
 
 
 class StepSeat:
@@ -202,6 +205,8 @@ class StepPolicy:
         self._decodes = 0
         self._kv_tokens = 0
         """Of the last step."""
+        self._prefill = 0.0
+        """Prompt tokens in a step, mean of late."""
         self._behind = False
         self._virtual = 0.0
         self._steps: deque[Composed] = deque()
@@ -211,7 +216,7 @@ class StepPolicy:
         self._refill = False
         self._changed: dict[Stream, bool] = {}
         """With what the adapter last knew of their `held`."""
-        self._owed_at = float("-inf")
+        self._limited_at = 0.0
         self._kept_back = False
 
     # --- who is there -----------------------------------------------------------------------------
@@ -323,6 +328,7 @@ class StepPolicy:
                 stream.decoded += 1
             kv_tokens += stream.computed
         self._decodes, self._kv_tokens = decodes, kv_tokens
+        self._prefill += _PREFILL_GAIN * (prefill - self._prefill)
         self._steps.append(Composed(now, prefill, decodes, kv_tokens))
         self._until_review -= 1
 
@@ -371,7 +377,6 @@ class StepPolicy:
         if not owed:
             self._free_all(now)
             return
-        self._owed_at = now
         self._room = self._fitting(owed, borrowed)
         for place, stream in enumerate(borrowed):
             self._set_held(stream, place >= self._room, now)
@@ -380,7 +385,7 @@ class StepPolicy:
                 if not stream.owed:
                     break
                 self._set_held(stream, False, now)
-        self.borrowed_limit = min(UNLIMITED, self._room + max(1, int(self._room * self.rules.spare_share)))
+        self._limit_borrowed(self._room + max(1, int(self._room * self.rules.spare_share)), now)
 
     def _account(self, now: float) -> dict[StepSeat, float]:
         """Bring tags and leads up to `now`; the rate that each seat with an owed pace should get."""
@@ -448,9 +453,10 @@ class StepPolicy:
         return int(min(UNLIMITED, room_s / max(1e-9, each_s)))
 
     def _prompt_time(self, room_s: float) -> float:
-        """The part of a step's room that is kept for the borrowed prompts in the engine."""
-        left = sum(stream.prefill_left for stream in self._prompts.values())
-        return max(0.0, min(self.rules.prefill_share * room_s, left * self.fit.model.prefill_token_s))
+        """The part of a step's room that is kept for prompts: one step takes many, and many take none."""
+        return max(
+            0.0, min(self.rules.prefill_share * room_s, self._prefill * self.fit.model.prefill_token_s)
+        )
 
     def _bring_to_room(self, now: float) -> None:
         """Between reviews: a borrowed decode came or went."""
@@ -495,10 +501,16 @@ class StepPolicy:
         if self.held:
             for stream in self.streams.values():
                 self._set_held(stream, False, now)
-        if now - self._owed_at > self.rules.linger_s:
-            self.borrowed_limit = UNLIMITED
-        else:
-            self._until_review = 1
+        self._limit_borrowed(UNLIMITED, now)
+
+    def _limit_borrowed(self, useful: int, now: float) -> None:
+        """Let in no more than are of use; more at once only bit by bit."""
+        if self.borrowed_limit < UNLIMITED:
+            doublings = min(20.0, (now - self._limited_at) / self.rules.ramp_s)
+            useful = min(useful, int(self.borrowed_limit * 2.0**doublings) + 1)
+            self._until_review = min(self._until_review, 4)
+        self.borrowed_limit = min(UNLIMITED, useful)
+        self._limited_at = now
 
     # --- prompts -----------------------------------------------------------------------------------
 
@@ -519,13 +531,10 @@ class StepPolicy:
     def _prefill_tokens(self, owed: list[Stream]) -> int | None:
         if self.allowed_s is None:
             return None
-        model, allowed = self.fit.model, self.allowed_s
-        least = 0.0
-        if owed:
-            # What brings their first tokens in time has precedence over the others' pace.
-            least = self.allowed_s * sum(stream.seat.prefill_tok_s for stream in owed)
-            if not self._behind:
-                allowed *= self.rules.stretch
+        model = self.fit.model
+        allowed = self.allowed_s if self._behind else self.allowed_s * self.rules.stretch
+        # What brings owed first tokens in time has precedence over the others' pace.
+        least = self.allowed_s * sum(stream.seat.prefill_tok_s for stream in owed)
         room_s = allowed - model.seconds(0, self._decodes, self._kv_tokens)
         return int(max(least, room_s / max(1e-9, model.prefill_token_s), 0.0))
 

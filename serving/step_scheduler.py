@@ -128,7 +128,9 @@ class SeatScheduler(AsyncScheduler):
             return
         ready = [each for each in owed if each.status in _READY]
         slots = len(ready) - (self.max_num_active_reqs - len(self.running))
+        # With what the running ones take of it in the same step, before these come to their turn.
         kv_blocks = sum(self._blocks(each.num_tokens) + 1 for each in ready)
+        kv_blocks += self._blocks(len(self.running)) + int(self.kv_cache_manager.watermark_blocks)
         while slots > 0 or self._free_blocks_left() < kv_blocks:
             victim_id = self._step_policy.victim(each.request_id for each in self.running)
             if victim_id is None or not self._request_blocks_can_be_freed(
