@@ -411,7 +411,8 @@ class Admission:
         seat.queue[ticket.number] = ticket
         seat.waiting += ticket.count
         self._queued[ticket.number] = ticket
-        seat.ledger.expect(ticket.number, ticket.count, due)
+        # With `n` sequences it has to wait for as many of its seats: owed from its first token on only.
+        seat.ledger.expect(ticket.number, ticket.count, due if ticket.count == 1 else math.inf)
         self._refresh(seat)
         return ticket
 

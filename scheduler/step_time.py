@@ -7,8 +7,10 @@ hold on a real machine:
   ones, and a residual far beyond the usual ones counts as its sign only (Huber 1964): a paused process, a
   compilation or a page fault moves nothing.
 * What the running batch does not vary cannot be told apart; there the fit keeps to the ratios of its seed.
-* A machine that becomes slower as a whole (throttled, shared) is followed within tens of steps by one factor,
-  while the five terms keep the memory of thousands.
+* A machine that becomes slower as a whole (throttled, shared) is followed within tens of steps by one factor.
+* Once `anchor`ed, the terms learn from times with that factor taken out, and remember what they were anchored
+  to. A scheduler that makes batches smaller whenever the machine is slow would otherwise teach the fit that
+  size does not matter: all its steps take the same time.
 
 Time between steps is not the model's business: the caller passes the time of steps alone.
 """
@@ -57,11 +59,27 @@ class StepTimeFit:
         self._terms = _scaled(seed)
         self._raw = seed
         self._scale = 0.1
-        usual = _row(seed, *_TYPICAL[1:4])
         self._rows = [[0.0] * _TERMS for _ in range(_TERMS)]
         self._sums = [0.0] * _TERMS
-        expected = seed.seconds(*_TYPICAL[1:4])
-        self._prior = [seed_samples * (x / expected) ** 2 for x in usual]
+        self._prior = [0.0] * _TERMS
+        self._prior_sums = [0.0] * _TERMS
+        self._anchored = False
+        self._believe(seed_samples)
+
+    def anchor(self, samples: float) -> None:
+        """What is known now was measured with batches of all sizes: keep to it as to so many samples."""
+        self._terms = _scaled(self.model)
+        self._raw, self.speed = self.model, 1.0
+        self._rows = [[0.0] * _TERMS for _ in range(_TERMS)]
+        self._sums = [0.0] * _TERMS
+        self._believe(samples)
+        self._anchored = True
+
+    def _believe(self, samples: float) -> None:
+        """Let the present terms count for so many samples of a typical step."""
+        usual = _row(self._raw, *_TYPICAL[1:4])
+        expected = self._raw.seconds(*_TYPICAL[1:4])
+        self._prior = [samples * (x / expected) ** 2 for x in usual]
         self._prior_sums = [weight * term for weight, term in zip(self._prior, self._terms, strict=True)]
 
     def observe(self, prefill_tokens: float, decodes: float, kv_tokens: float, seconds: float) -> None:
@@ -77,7 +95,7 @@ class StepTimeFit:
         self.error += _ERROR_GAIN * (min(1.0, abs(residual)) - self.error)
         self.speed *= 1.0 + _SPEED_GAIN * clipped
         # The clipped time, not the measured one: an outlier pulls by its sign, not by its size.
-        self._add(row, fitted, fitted * self.speed * (1.0 + clipped))
+        self._add(row, fitted, fitted * (1.0 + clipped) * (1.0 if self._anchored else self.speed))
         self.samples += 1
         if self.samples % _SOLVE_EVERY == 0:
             self._solve()

@@ -377,7 +377,9 @@ class StepPolicy:
         if not owed:
             self._free_all(now)
             return
-        self._room = self._fitting(owed, borrowed)
+        fitting = self._fitting(owed, borrowed)
+        # It grows bit by bit: a step that happened to be short is no reason to try twice the batch.
+        self._room = fitting if self._room == UNLIMITED else min(fitting, self._room + 2 + self._room // 4)
         for place, stream in enumerate(borrowed):
             self._set_held(stream, place >= self._room, now)
         for seat in owed:

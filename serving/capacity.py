@@ -19,8 +19,6 @@ from serving.step_table import StepTable
 
 log = logging.getLogger("boosts.serving")
 
-KEPT_SAMPLES = 50.0
-"""Steps that the fit of an earlier run counts for."""
 GUESS_SAMPLES = 5.0
 ENOUGH_SAMPLES = 100
 """Steps without which a fit says nothing of the machine."""

@@ -30,14 +30,14 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from contract.capacity import NodeCapacity
 from contract.errors import ContractError
 from scheduler import Policy
-from serving.capacity import GUESS_SAMPLES, KEPT_SAMPLES, CapacityFile, first_guess, keep, measured
+from serving.capacity import GUESS_SAMPLES, CapacityFile, first_guess, keep, measured
 from serving.engine import VLLM_VERSIONS, SeatLLM
 from serving.entitlements_file import EntitlementsFile
 from serving.metrics import NodeCollector
 from serving.node import MIN_BODY_BYTES, Node
 from serving.seat_rows import SeatRows
 from serving.stats import StatsServer
-from serving.step_table import ENVIRONMENT, StepTable
+from serving.step_table import ENVIRONMENT, TRUSTED_SAMPLES, StepTable
 
 log = logging.getLogger("boosts.serving")
 
@@ -170,6 +170,7 @@ async def _run(
         if known is None:
             log.info("measuring how fast this machine is")
             await engine.measure()
+            table.trust(TRUSTED_SAMPLES)
         REGISTRY.register(NodeCollector(node))
         stats = StatsServer(
             node,
@@ -204,7 +205,7 @@ def _step_table(config: VllmConfig, known: NodeCapacity | None) -> tuple[StepTab
     active = getattr(text, "num_experts_per_tok", 0)
     seed, samples = first_guess(active / experts if experts and active else 0.0), GUESS_SAMPLES
     if known is not None:
-        seed, samples = known.step_time, KEPT_SAMPLES
+        seed, samples = known.step_time, TRUSTED_SAMPLES
     try:
         table, path = StepTable.create(seed, samples)
     except OSError as error:

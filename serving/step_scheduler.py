@@ -25,7 +25,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from scheduler.step_time import StepTimeFit
 from scheduler.steps import StepPolicy
-from serving.step_table import ENVIRONMENT, NOBODY, StepTable
+from serving.step_table import ENVIRONMENT, NOBODY, TRUSTED_SAMPLES, StepTable
 
 VLLM_VERSIONS = "0.32."
 SEAT = "boosts_seat"
@@ -49,6 +49,7 @@ class SeatScheduler(AsyncScheduler):
         self._table = StepTable.open(Path(os.environ[ENVIRONMENT]))
         seed, samples = self._table.seed()
         self._step_policy = StepPolicy(StepTimeFit(seed, seed_samples=samples))
+        self._trusted = 0.0
         self._most_tokens = self.max_num_scheduled_tokens
         self._until_refresh = 0
         self._preempted = 0
@@ -172,6 +173,10 @@ class SeatScheduler(AsyncScheduler):
         )
 
     def _refresh_seats(self) -> None:
+        _, samples = self._table.seed()
+        if samples >= TRUSTED_SAMPLES > self._trusted:
+            self._trusted = samples
+            self._step_policy.fit.anchor(samples)
         for row, seat in list(self._step_policy.seats.items()):
             assert isinstance(row, int)
             if seat.held_s:

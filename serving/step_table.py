@@ -27,6 +27,9 @@ ROWS = 16_384
 NOBODY = 0
 """The row of sequences that belong to no seat: no guarantee, weight 1."""
 
+TRUSTED_SAMPLES = 1_000.0
+"""Samples that a fit counts for which was measured with batches of all sizes."""
+
 OWN_TIME_US = (10.0, 25.0, 50.0, 100.0, 250.0, 1_000.0)
 """Upper bounds of the histogram of the step scheduler's own time; one more bucket is for the rest."""
 
@@ -126,6 +129,10 @@ class StepTable:
         """The step time to begin with, and the samples that it counts for."""
         values = self._cells[_SEED : _SEED + _SEED_LENGTH].tolist()
         return StepTime(*values[:-1]), values[-1]
+
+    def trust(self, samples: float) -> None:
+        """What EngineCore has learned by now was measured for the purpose, and counts for so many samples."""
+        self._cells[_SEED + _SEED_LENGTH - 1] = samples
 
     # --- seats -------------------------------------------------------------------------------------
 
