@@ -6,13 +6,14 @@ Theory of operation (docs/scheduling.md derives it):
   `quantity` oldest sequences of a guaranteed seat are *owed*; all others, and all sequences of other seats,
   are *borrowed*, and borrowed work can be revoked between steps: *held*, its KV cache kept.
 * While owed sequences decode, a step may take `tokens it brings the seat / rate the seat is owed`, for the
-  seat where that is least. Borrowed decodes take part, lowest tag first, as long as the step-time model stays
-  within it; the rest is held. Where everything fits nothing is held, and where nobody is owed a pace there
+  seat where that is least. Borrowed decodes take part as long as the step-time model stays within it; the
+  rest is held. Where everything fits nothing is held, and where nobody is owed a pace there
   is none to keep.
-* The tag of a borrowed sequence is its virtual time by start-time fair queuing (Goyal, Vin, Cheng 1996): its
-  decoded tokens over its share, which is the seat's weight over the seat's sequences. A sequence that takes
-  part makes room only for one that is `stickiness` tokens behind it. So held sequences rotate, none
-  starves, and the batch changes seldom: a change costs the engine more than a decode.
+* Seats share what borrowed decodes get by start-time fair queuing (Goyal, Vin, Cheng 1996) on virtual time,
+  borrowed tokens over weight; a seat that lacks nothing is lifted to the virtual time of those that do, so
+  that idling earns nothing. Within a seat sequences take turns: who has waited longest displaces who has run
+  longest, each after `turn_steps` at least. So none starves, more sequences do not raise a seat's share, and
+  the batch changes seldom: a change costs the engine more than a decode.
 * Each seat's lead or lag against what it is owed is fed back into the rate that it needs, so that an error of
   the model shows as a somewhat smaller batch and not as a broken promise.
 * Prompts: what is left of the allowed time is the most that may be prefilled in the step. Borrowed prompts
@@ -26,10 +27,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from heapq import nlargest, nsmallest
+from heapq import nsmallest
 from typing import Any
 
 from scheduler.step_time import StepTimeFit
+from scheduler.streams import StepSeat, Stream
 
 UNLIMITED = 2**31
 _PREFILL_GAIN = 1 / 64
@@ -43,8 +45,9 @@ class StepRules:
     """The pace aimed at is faster than the owed one by this much, for what no model foresees."""
     review_steps: int = 16
     """Steps after which the batch is chosen anew, if nothing calls for it earlier."""
-    stickiness: int = 32
-    """Decoded tokens by which a sequence must be ahead of a held one to make room for it."""
+    turn_steps: int = 32
+    """Steps for which a sequence takes part, or is held, before it may change places with another; in tokens
+    over weight, what a seat must lag behind another to get a place of it."""
     horizon_s: float = 0.25
     """Time in which a lag is made up for, or a lead is given away."""
     kept_lead_s: float = 0.03
@@ -62,101 +65,6 @@ class StepRules:
     ramp_s: float = 0.15
     """Time in which `borrowed_limit` may double: a pause between two owed requests must not let in a crowd
     that would only be held."""
-
-
-class StepSeat:
-    """What the step policy knows of one seat. Only `StepPolicy` writes it.
-
-    Invariant: `streams` are those of its sequences that are in the engine, oldest first.
-    """
-
-    __slots__ = (
-        "counted_at",
-        "decoded",
-        "guarantee_tok_s",
-        "held_s",
-        "lead",
-        "prefill_tok_s",
-        "quantity",
-        "streams",
-        "visible",
-        "weight",
-    )
-
-    def __init__(self) -> None:
-        self.guarantee_tok_s = 0.0
-        self.prefill_tok_s = 1.0
-        self.quantity = 1
-        self.weight = 1.0
-        self.streams: dict[Hashable, Stream] = {}
-        self.held_s = 0.0
-        """Sequence-seconds held so far."""
-        self.decoded = 0
-        """Tokens that are not in its lead yet, of streams that are gone."""
-        self.counted_at: float | None = None
-        """Up to when its lead is known; None while it is owed no pace."""
-        self.lead = 0.0
-        """Tokens ahead of what is owed; negative when behind."""
-        self.visible = 0
-        """Its decodes in the batch that is being chosen."""
-
-    def owed_rate(self) -> float:
-        """Tokens per second owed to the sequences that decode."""
-        if self.guarantee_tok_s <= 0.0:
-            return 0.0
-        decoding = 0
-        for stream in self.streams.values():
-            if stream.prefill_left == 0:
-                decoding += 1
-                if decoding == self.quantity:
-                    break
-        return self.guarantee_tok_s * decoding
-
-
-class Stream:
-    """One sequence in the engine. Only `StepPolicy` writes it.
-
-    Invariants: a held stream takes part in no step; an owed one is never held.
-    """
-
-    __slots__ = (
-        "computed",
-        "decoded",
-        "held",
-        "held_since",
-        "owed",
-        "preemptions",
-        "prefill_left",
-        "running",
-        "seat",
-        "stream_id",
-        "tag",
-    )
-
-    def __init__(self, stream_id: Hashable, seat: StepSeat, input_tokens: int, tag: float) -> None:
-        self.stream_id = stream_id
-        self.seat = seat
-        self.prefill_left = input_tokens
-        """Tokens to compute before it decodes; 0 once it does."""
-        self.computed = 0
-        """Tokens in the KV cache."""
-        self.running = False
-        """It has taken part in a step, and was not preempted since."""
-        self.owed = False
-        self.held = False
-        self.held_since = 0.0
-        self.preemptions = 0
-        self.tag = tag
-        self.decoded = 0
-        """Tokens that neither its tag nor its seat's lead counts yet."""
-
-    @property
-    def decoding(self) -> bool:
-        return self.prefill_left == 0
-
-    @property
-    def share(self) -> float:
-        return self.seat.weight / len(self.seat.streams)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,8 +115,11 @@ class StepPolicy:
         """Of the last step."""
         self._prefill = 0.0
         """Prompt tokens in a step, mean of late."""
-        self._behind = False
+        self._least_lead_s = 0.0
+        """Of the seat that is furthest behind, in time of its rate; 0 if nobody is."""
         self._virtual = 0.0
+        self._step = 0
+        """Number of the last composed step."""
         self._steps: deque[Composed] = deque()
         self._last_end = 0.0
         self._until_review = 0
@@ -237,7 +148,7 @@ class StepPolicy:
         seat.guarantee_tok_s, seat.prefill_tok_s = guarantee_tok_s, prefill_tok_s
         seat.quantity, seat.weight = quantity, weight
         if before != (guarantee_tok_s, quantity):
-            self._classify(seat)
+            seat.classify()
             self._review = True
 
     def forget_seat(self, seat_id: Hashable) -> None:
@@ -248,9 +159,9 @@ class StepPolicy:
     def enter(self, stream_id: Hashable, seat_id: Hashable, input_tokens: int) -> Stream:
         """A sequence has come to the engine, to wait for its first step."""
         seat = self.seats[seat_id]
-        stream = Stream(stream_id, seat, input_tokens, self._virtual)
+        stream = Stream(stream_id, seat, input_tokens)
         self.streams[stream_id] = seat.streams[stream_id] = self._prompts[stream_id] = stream
-        self._classify(seat)
+        seat.classify()
         return stream
 
     def leave(self, stream_id: Hashable, now: float) -> None:
@@ -259,10 +170,8 @@ class StepPolicy:
         self._set_held(stream, False, now)
         self._changed.pop(stream, None)
         self._prompts.pop(stream_id, None)
-        del stream.seat.streams[stream_id]
-        stream.seat.decoded += stream.decoded
-        self._classify(stream.seat)
-        self._gone(stream)
+        stream.seat.forget(stream)
+        self._membership_changed(stream)
         if not self.streams:
             self.borrowed_limit = UNLIMITED
 
@@ -270,12 +179,12 @@ class StepPolicy:
         """The sequence lost its KV cache and waits; `recompute_tokens` are to be prefilled again."""
         stream = self.streams[stream_id]
         self._set_held(stream, False, now)
-        self._gone(stream)
         stream.running = False
         stream.preemptions += 1
         stream.computed = 0
         stream.prefill_left = recompute_tokens
         self._prompts[stream_id] = stream
+        self._membership_changed(stream)
 
     def cached(self, stream_id: Hashable, tokens: int) -> None:
         """The prefix cache has `tokens` of what the sequence had to prefill."""
@@ -284,21 +193,10 @@ class StepPolicy:
         stream.prefill_left = max(1, stream.prefill_left - tokens)
         stream.computed += tokens
 
-    def _classify(self, seat: StepSeat) -> None:
-        """The seat's oldest sequences, as many as it has seats, are owed."""
-        owed = seat.quantity if seat.guarantee_tok_s > 0 else 0
-        for place, stream in enumerate(seat.streams.values()):
-            if stream.owed != (place < owed):
-                stream.owed = place < owed
-                self._review = True
-            elif place > owed:
-                # The others are borrowed as before.
-                break
-
-    def _gone(self, stream: Stream) -> None:
-        if stream.decoding:
-            self._review |= stream.owed
-            self._refill |= not stream.owed
+    def _membership_changed(self, stream: Stream) -> None:
+        """The stream began or ceased to decode."""
+        self._review |= stream.seat.classify() or stream.owed
+        self._refill = True
 
     # --- each step ---------------------------------------------------------------------------------
 
@@ -331,6 +229,7 @@ class StepPolicy:
         self._prefill += _PREFILL_GAIN * (prefill - self._prefill)
         self._steps.append(Composed(now, prefill, decodes, kv_tokens))
         self._until_review -= 1
+        self._step += 1
 
     def _prefilled(self, stream: Stream, tokens: int) -> None:
         stream.running = True
@@ -340,8 +239,8 @@ class StepPolicy:
             # With its last chunk it makes its first token.
             del self._prompts[stream.stream_id]
             stream.decoded += 1
-            self._review |= stream.owed
-            self._refill |= not stream.owed
+            stream.turn = stream.fixed_until = self._step
+            self._membership_changed(stream)
 
     def completed(self, now: float) -> None:
         """The oldest composed step is done."""
@@ -360,10 +259,20 @@ class StepPolicy:
             return None
         return min(borrowed, key=lambda stream: (stream.preemptions, stream.computed)).stream_id
 
-    def rank(self, stream_id: Hashable) -> tuple[bool, float]:
-        """A sort key by which KV cache is taken from the end: from borrowed work that is furthest ahead."""
+    def rank(self, stream_id: Hashable) -> tuple[bool, bool, float, int]:
+        """A sort key by which KV cache is taken from the end: from borrowed prompts, then from the borrowed
+        decodes of the seat that is furthest ahead."""
         stream = self.streams[stream_id]
-        return (not stream.owed, _tag(stream))
+        return (not stream.owed, not stream.decoding, stream.seat.tag, stream.turn)
+
+    def prompts_last(self, stream_id: Hashable) -> tuple[bool, bool]:
+        """A sort key by which a step's tokens are given out: to decodes, to owed prompts, to the others."""
+        stream = self.streams[stream_id]
+        return (not stream.decoding, not stream.owed)
+
+    def prompts_running(self) -> bool:
+        """Whether prompts have begun that are not complete."""
+        return any(stream.running for stream in self._prompts.values())
 
     # --- decodes -----------------------------------------------------------------------------------
 
@@ -371,31 +280,29 @@ class StepPolicy:
         self._review = self._refill = False
         self._until_review = self.rules.review_steps
         owed = self._account(now)
-        borrowed = self._borrowed_decodes()
-        if borrowed:
-            self._virtual = max(self._virtual, min(stream.tag for stream in borrowed))
         if not owed:
             self._free_all(now)
             return
+        borrowed = self._borrowed_decodes()
         fitting = self._fitting(owed, borrowed)
         # It grows bit by bit: a step that happened to be short is no reason to try twice the batch.
         self._room = fitting if self._room == UNLIMITED else min(fitting, self._room + 2 + self._room // 4)
         for place, stream in enumerate(borrowed):
             self._set_held(stream, place >= self._room, now)
         for seat in owed:
-            for stream in seat.streams.values():
-                if not stream.owed:
-                    break
+            for stream in seat.owed:
                 self._set_held(stream, False, now)
         self._limit_borrowed(self._room + max(1, int(self._room * self.rules.spare_share)), now)
 
     def _account(self, now: float) -> dict[StepSeat, float]:
         """Bring tags and leads up to `now`; the rate that each seat with an owed pace should get."""
-        rules = self.rules
+        rules, contended = self.rules, self.held > 0
         needed: dict[StepSeat, float] = {}
-        self._behind = False
+        self._least_lead_s = 0.0
         for seat in self.seats.values():
-            decoded = self._settle(seat)
+            owed, borrowed = seat.settle()
+            if contended:
+                seat.tag += borrowed / seat.weight
             rate = seat.owed_rate()
             if rate <= 0.0:
                 seat.counted_at = None
@@ -403,10 +310,10 @@ class StepPolicy:
             if seat.counted_at is None:
                 seat.lead = 0.0
             else:
-                lead = seat.lead + decoded - rate * (now - seat.counted_at)
+                lead = seat.lead + owed + borrowed - rate * (now - seat.counted_at)
                 seat.lead = max(-rate * rules.kept_lag_s, min(rate * rules.kept_lead_s, lead))
             seat.counted_at = now
-            self._behind |= seat.lead < -rate * rules.kept_lead_s
+            self._least_lead_s = min(self._least_lead_s, seat.lead / rate)
             needed[seat] = max(0.5 * rate, rate * (1.0 + rules.margin) - seat.lead / rules.horizon_s)
         return needed
 
@@ -417,8 +324,8 @@ class StepPolicy:
         decodes = kv_tokens = 0
         for seat in needed:
             seat.visible = 0
-            for stream in seat.streams.values():
-                if stream.owed and stream.decoding:
+            for stream in seat.owed:
+                if stream.decoding:
                     seat.visible += 1
                     kv_tokens += stream.computed
             decodes += seat.visible
@@ -431,7 +338,7 @@ class StepPolicy:
         if model.seconds(0, all_decodes, all_kv_tokens) + prompts <= allowed:
             room_s = allowed - prompts - model.seconds(0, all_decodes, all_kv_tokens)
             return len(borrowed) + self._more(all_decodes, all_kv_tokens, room_s)
-        self._sort(borrowed)
+        self._put_in_order(borrowed)
         for place, stream in enumerate(borrowed):
             if stream.seat in needed:
                 # The seat's own further sequences bring it tokens too, so each may be slower.
@@ -452,7 +359,7 @@ class StepPolicy:
         """How many further decodes like these `room_s` has room for."""
         model, kv_each = self.fit.model, kv_tokens / max(1, decodes)
         each_s = model.seconds(0, decodes + 1, kv_tokens + kv_each) - model.seconds(0, decodes, kv_tokens)
-        return int(min(UNLIMITED, room_s / max(1e-9, each_s)))
+        return int(min(UNLIMITED, max(0.0, room_s) / max(1e-9, each_s)))
 
     def _prompt_time(self, room_s: float) -> float:
         """The part of a step's room that is kept for prompts: one step takes many, and many take none."""
@@ -469,33 +376,44 @@ class StepPolicy:
         held = [stream for stream in borrowed if stream.held]
         taking_part = len(borrowed) - len(held)
         if taking_part < self._room:
-            for stream in nsmallest(self._room - taking_part, held, key=_tag):
+            for stream in nsmallest(self._room - taking_part, held, key=_longest_held):
                 self._set_held(stream, False, now)
         elif taking_part > self._room:
             free = [stream for stream in borrowed if not stream.held]
-            for stream in nlargest(taking_part - self._room, free, key=_tag):
+            for stream in nsmallest(taking_part - self._room, free, key=self._first_to_go):
                 self._set_held(stream, True, now)
 
     def _borrowed_decodes(self) -> list[Stream]:
         return [stream for stream in self.streams.values() if not (stream.prefill_left or stream.owed)]
 
-    def _settle(self, seat: StepSeat) -> int:
-        """Let the tags of a seat's streams have what was decoded, and return it. Owed work counts as none: a
-        stream that was owed competes from the present virtual time."""
-        decoded, seat.decoded = seat.decoded, 0
-        if not seat.streams:
-            return decoded
-        tokens = len(seat.streams) / seat.weight
-        for stream in seat.streams.values():
-            decoded += stream.decoded
-            stream.tag = self._virtual if stream.owed else stream.tag + stream.decoded * tokens
-            stream.decoded = 0
-        return decoded
+    def _put_in_order(self, borrowed: list[Stream]) -> None:
+        """Lowest virtual time first, as it will be when all that come before have had a turn."""
+        by_seat: dict[StepSeat, list[Stream]] = {}
+        lacking: set[StepSeat] = set()
+        for stream in borrowed:
+            by_seat.setdefault(stream.seat, []).append(stream)
+            if stream.held:
+                lacking.add(stream.seat)
+        if lacking:
+            self._virtual = max(self._virtual, min(seat.tag for seat in lacking))
+        keys: dict[Stream, float] = {}
+        for seat, streams in by_seat.items():
+            if seat not in lacking:
+                seat.tag = max(seat.tag, self._virtual)
+            streams.sort(key=self._turn)
+            for place, stream in enumerate(streams):
+                keys[stream] = seat.tag + place * self.rules.turn_steps / seat.weight
+        borrowed.sort(key=keys.__getitem__)
 
-    def _sort(self, borrowed: list[Stream]) -> None:
-        """By tag, but who takes part already stays for a while."""
-        stay = self.rules.stickiness
-        borrowed.sort(key=lambda each: each.tag if each.held else each.tag - stay / each.share)
+    def _turn(self, stream: Stream) -> tuple[int, int]:
+        """The order in a seat: who is in a turn, who has waited for one, who had one."""
+        if self._step < stream.fixed_until:
+            return (3, stream.turn) if stream.held else (0, stream.turn)
+        return (1, stream.turn) if stream.held else (2, -stream.turn)
+
+    def _first_to_go(self, stream: Stream) -> tuple[bool, float, int]:
+        """Whose turn is over, of the seat that is furthest ahead, and has run longest."""
+        return (self._step < stream.fixed_until, -stream.seat.tag, stream.turn)
 
     def _free_all(self, now: float) -> None:
         self.allowed_s = None
@@ -511,7 +429,7 @@ class StepPolicy:
             doublings = min(20.0, (now - self._limited_at) / self.rules.ramp_s)
             useful = min(useful, int(self.borrowed_limit * 2.0**doublings) + 1)
             self._until_review = min(self._until_review, 4)
-        self.borrowed_limit = min(UNLIMITED, useful)
+        self.borrowed_limit = min(UNLIMITED, max(1, useful))
         self._limited_at = now
 
     # --- prompts -----------------------------------------------------------------------------------
@@ -534,7 +452,10 @@ class StepPolicy:
         if self.allowed_s is None:
             return None
         model = self.fit.model
-        allowed = self.allowed_s if self._behind else self.allowed_s * self.rules.stretch
+        # A lag that owed prompts may cause, borrowed ones may not.
+        most_behind_s = self.rules.kept_lead_s if owed else 0.0
+        stretched = self._least_lead_s >= -most_behind_s
+        allowed = self.allowed_s * (self.rules.stretch if stretched else 1.0)
         # What brings owed first tokens in time has precedence over the others' pace.
         least = self.allowed_s * sum(stream.seat.prefill_tok_s for stream in owed)
         room_s = allowed - model.seconds(0, self._decodes, self._kv_tokens)
@@ -547,10 +468,12 @@ class StepPolicy:
             stream.seat.held_s += now - stream.held_since
         stream.held_since = now
         if stream.held != held:
+            stream.turn = self._step
+            stream.fixed_until = self._step + self.rules.turn_steps
             self._changed.setdefault(stream, stream.held)
             stream.held = held
             self.held += 1 if held else -1
 
 
-def _tag(stream: Stream) -> float:
-    return stream.tag + stream.decoded / stream.share
+def _longest_held(stream: Stream) -> tuple[float, int]:
+    return (stream.seat.tag, stream.turn)

@@ -148,16 +148,18 @@ async def _run(
     file_of_capacity = CapacityFile(options.capacity_file, options.model)
     known = file_of_capacity.read()
     table, table_path = _step_table(config, known)
-    engine = SeatLLM.from_vllm_config(
-        config,
-        usage_context=UsageContext.OPENAI_API_SERVER,
-        enable_log_requests=args.enable_log_requests,
-        disable_log_stats=args.disable_log_stats,
-        aggregate_engine_logging=args.aggregate_engine_logging,
-    )
+    try:
+        engine = SeatLLM.from_vllm_config(
+            config,
+            usage_context=UsageContext.OPENAI_API_SERVER,
+            enable_log_requests=args.enable_log_requests,
+            disable_log_stats=args.disable_log_stats,
+            aggregate_engine_logging=args.aggregate_engine_logging,
+        )
+    finally:
+        # EngineCore has it open by now; without a name nothing is left behind, however this ends.
+        table_path.unlink()
     assert isinstance(engine, SeatLLM)
-    # EngineCore has it open by now; without a name nothing is left behind, however this ends.
-    table_path.unlink()
     try:
         await engine.reset_mm_cache()
         policy = replace(options.policy, prefix_caching=bool(config.cache_config.enable_prefix_caching))

@@ -120,6 +120,9 @@ class SeatScheduler(AsyncScheduler):
             self._make_way(now)
         if self._free_blocks_left() < len(self.running) + self._blocks(self.max_num_scheduled_tokens):
             self.running.sort(key=lambda request: policy.rank(request.request_id))
+        elif plan.prefill_tokens is not None and policy.prompts_running():
+            # vLLM gives a step's tokens out in this order, and a prompt in front would take them all.
+            self.running.sort(key=lambda request: policy.prompts_last(request.request_id))
 
     def _make_way(self, now: float) -> None:
         """Put owed requests first, and give them the slots and KV cache of borrowed ones if they need it."""
