@@ -182,17 +182,22 @@ class Admission:
         reserves = self._reserves(seat, asks)
         return [self._enqueue(seat, ask, reserve, now) for ask, reserve in zip(asks, reserves, strict=True)]
 
-    def foresee(self, seat_id: str, now: float) -> Refusal | None:
-        """The refusal that any request of the seat would get now, before its size is known."""
+    def foresee(self, seat_id: str, now: float, *, queues: bool = True) -> Refusal | None:
+        """The refusal that any request of the seat would get now, before its size is known; `queues` is
+        whether it would enter the queue."""
         seat = self._seats[seat_id]
-        refusal = self._closed_refusal(seat) or self._request_limit_refusal(seat, 1, now)
+        limits = (
+            self._request_limit_refusal(seat, 1, now),
+            self._queue_refusal(seat, 1) if queues else None,
+        )
+        refusal = self._closed_refusal(seat) or _longest(limits)
         if refusal is not None:
             seat.outcomes[Outcome.REJECTED] += 1
         return refusal
 
     def charge_request(self, seat_id: str, now: float) -> Refusal | None:
         """Debit one request that never enters the engine (token counting)."""
-        refusal = self.foresee(seat_id, now)
+        refusal = self.foresee(seat_id, now, queues=False)
         if refusal is None:
             self._seats[seat_id].requests.take(1, now)
         return refusal
@@ -312,20 +317,13 @@ class Admission:
         if never is not None:
             return never
         count = sum(ask.count for ask in asks)
-        refusals = [
-            refusal
-            for refusal in (
+        return _longest(
+            (
                 self._request_limit_refusal(seat, count, now),
                 self._token_limit_refusal(seat, asks, now),
                 self._queue_refusal(seat, count),
             )
-            if refusal is not None
-        ]
-        if not refusals:
-            return None
-        # A retry is admitted once all that refuses it now has passed, not just the first.
-        wait = max(refusal.retry_after_s or 0.0 for refusal in refusals)
-        return replace(refusals[0], retry_after_s=wait)
+        )
 
     def _closed_refusal(self, seat: Seat) -> Refusal | None:
         if self.draining:
@@ -580,6 +578,14 @@ def _is_backlogged(seat: Seat) -> bool:
 
 def _is_owed(seat: Seat) -> bool:
     return bool(seat.queue) and _head(seat).count <= seat.unused
+
+
+def _longest(refusals: Iterable[Refusal | None]) -> Refusal | None:
+    """The first of them, with the longest wait: a retry is admitted once all that refuses it has passed."""
+    standing = [refusal for refusal in refusals if refusal is not None]
+    if not standing:
+        return None
+    return replace(standing[0], retry_after_s=max(refusal.retry_after_s or 0.0 for refusal in standing))
 
 
 def _limit_refusal(reason: Reason, bucket: TokenBucket, requested: float, wait: float, now: float) -> Refusal:

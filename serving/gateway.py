@@ -108,9 +108,9 @@ class Exchange:
         if route.kind is Kind.FREE:
             await self._forward(route, b"")
             return
-        # Before a byte is read: a key that is over its limit, or has more open than could ever run and
-        # queue, costs its neighbours no parsing.
-        self._raise_refusal(self.node.foresee(self.pledge))
+        # Before a byte is read: a key that is over its limit, whose queue is full, or has more open than could
+        # ever run and queue, costs its neighbours no parsing.
+        self._raise_refusal(self.node.foresee(self.pledge, queues=route.kind is not Kind.COUNTED))
         with self.node.exchange_open(self.pledge) as refusal:
             self._raise_refusal(refusal)
             content, prompts = await self._read_request()

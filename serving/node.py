@@ -232,9 +232,9 @@ class Node:
                 self._release(place.ticket)
                 self.pump()
 
-    def foresee(self, pledge: PledgeEntitlement) -> Refusal | None:
-        """The refusal that is certain before the request has been read."""
-        return self.admission.foresee(pledge.pledge_id, self.clock())
+    def foresee(self, pledge: PledgeEntitlement, *, queues: bool) -> Refusal | None:
+        """The refusal that is certain before the request has been read; `queues` if it is one for the queue."""
+        return self.admission.foresee(pledge.pledge_id, self.clock(), queues=queues)
 
     @contextlib.contextmanager
     def exchange_open(self, pledge: PledgeEntitlement) -> Iterator[Refusal | None]:

@@ -551,6 +551,15 @@ def test_prefix_hits_make_room_in_the_kv_cache() -> None:
     assert len(admission.dispatch(0.0)) == 1
 
 
+def test_full_queue_is_foreseen_for_what_would_queue() -> None:
+    admission = node(terms("a"), slots=1, policy=Policy(max_queued_per_seat=2))
+    put(admission, "a", ask(), ask())
+    refusal = admission.foresee("a", 0.0)
+    assert refusal is not None
+    assert refusal.reason is Reason.QUEUE_FULL
+    assert admission.charge_request("a", 0.0) is None
+
+
 def test_seat_over_its_request_limit_is_foreseen() -> None:
     admission = node(terms("a", rpm=1))
     assert admission.foresee("a", 0.0) is None
