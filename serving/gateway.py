@@ -108,8 +108,8 @@ class Exchange:
         if route.kind is Kind.FREE:
             await self._forward(route, b"")
             return
-        # Before a byte is read: a key that is over its limit, whose queue is full, or has more open than could
-        # ever run and queue, costs its neighbours no parsing.
+        # Before a byte is read: a key that is over its limit, whose queue is full, or that has more open than
+        # could ever run and queue, costs its neighbours no parsing.
         self._raise_refusal(self.node.foresee(self.pledge, queues=route.kind is not Kind.COUNTED))
         with self.node.exchange_open(self.pledge) as refusal:
             self._raise_refusal(refusal)

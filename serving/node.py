@@ -233,7 +233,7 @@ class Node:
                 self.pump()
 
     def foresee(self, pledge: PledgeEntitlement, *, queues: bool) -> Refusal | None:
-        """The refusal that is certain before the request has been read; `queues` if it is one for the queue."""
+        """The refusal that is certain before the request has been read; `queues` if it would queue."""
         return self.admission.foresee(pledge.pledge_id, self.clock(), queues=queues)
 
     @contextlib.contextmanager
