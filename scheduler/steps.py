@@ -16,8 +16,8 @@ Theory of operation (docs/scheduling.md derives it):
   the batch changes seldom: a change costs the engine more than a decode.
 * Each seat's lead or lag against what it is owed is fed back into the rate that it needs, so that an error of
   the model shows as a somewhat smaller batch and not as a broken promise.
-* Prompts: what is left of the allowed time is the most that may be prefilled in the step. Borrowed prompts
-  are kept back where an owed one needs their place.
+* Prompts: what is left of the allowed time is the most that may be prefilled in the step. Owed prompts come
+  first, earliest deadline first; others are kept back where they would stand in the way.
 
 Nothing here reads a clock or knows vLLM; times are seconds of one monotonic clock.
 """
@@ -35,6 +35,7 @@ from scheduler.streams import StepSeat, Stream
 
 UNLIMITED = 2**31
 _PREFILL_GAIN = 1 / 64
+_HORIZON_TOKENS = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +43,17 @@ class StepRules:
     """Constants of the step policy."""
 
     margin: float = 0.02
-    """The pace aimed at is faster than the owed one by this much, for what no model foresees."""
+    """The rate aimed at is higher than the owed one by this share, for what no model foresees,"""
+    margin_tok_s: float = 1.0
+    """and by so much at least: a second in which a slow stream gets one token less is a second missed."""
     review_steps: int = 16
-    """Steps after which the batch is chosen anew, if nothing calls for it earlier."""
+    review_s: float = 0.1
+    """Steps and time after which the batch is chosen anew, if nothing calls for it earlier."""
     turn_steps: int = 32
     """Steps for which a sequence takes part, or is held, before it may change places with another; in tokens
     over weight, what a seat must lag behind another to get a place of it."""
     horizon_s: float = 0.25
-    """Time in which a lag is made up for, or a lead is given away."""
+    """Time in which a lag is made up for, or a lead is given away; of slow streams, that of some tokens."""
     kept_lead_s: float = 0.03
     """A lead counts for at most this much time of the seat's rate."""
     kept_lag_s: float = 0.25
@@ -58,7 +62,11 @@ class StepRules:
     """Borrowed decodes leave room for as many prompt tokens as steps had of late, but at most this share of
     what the owed ones leave."""
     stretch: float = 2.0
-    """Prompts may lengthen a step to this many times the pace, while nobody is behind."""
+    most_stretch_s: float = 0.02
+    """Prompts may lengthen a step to this many times the pace, but by no more time than this, while nobody
+    is behind."""
+    first_token_s: float = 1.0
+    """T0: an owed first token is due after this and the time to read the prompt."""
     spare_share: float = 0.125
     """Borrowed sequences of use in the engine beyond those that take part, so that no step goes short
     between an end and the next entry."""
@@ -128,7 +136,11 @@ class StepPolicy:
         self._changed: dict[Stream, bool] = {}
         """With what the adapter last knew of their `held`."""
         self._limited_at = 0.0
-        self._kept_back = False
+        self._reviewed_at = float("-inf")
+        self._made_way = False
+        """Prompts were kept back in the last step for an owed one that waited."""
+        self._lone: StepSeat | None = None
+        """The seat that has the engine for itself."""
 
     # --- who is there -----------------------------------------------------------------------------
 
@@ -143,7 +155,7 @@ class StepPolicy:
         """What the seat is guaranteed from now on (0 outside its blocks), and its share of the rest."""
         seat = self.seats.get(seat_id)
         if seat is None:
-            seat = self.seats[seat_id] = StepSeat()
+            seat = self.seats[seat_id] = StepSeat(self._virtual)
         before = seat.guarantee_tok_s, seat.quantity
         seat.guarantee_tok_s, seat.prefill_tok_s = guarantee_tok_s, prefill_tok_s
         seat.quantity, seat.weight = quantity, weight
@@ -156,12 +168,14 @@ class StepPolicy:
         seat = self.seats.pop(seat_id)
         assert not seat.streams, "a seat with sequences was forgotten"
 
-    def enter(self, stream_id: Hashable, seat_id: Hashable, input_tokens: int) -> Stream:
+    def enter(self, stream_id: Hashable, seat_id: Hashable, input_tokens: int, now: float) -> Stream:
         """A sequence has come to the engine, to wait for its first step."""
         seat = self.seats[seat_id]
-        stream = Stream(stream_id, seat, input_tokens)
+        due = now + self.rules.first_token_s + input_tokens / seat.prefill_tok_s
+        stream = Stream(stream_id, seat, input_tokens, due)
         self.streams[stream_id] = seat.streams[stream_id] = self._prompts[stream_id] = stream
         seat.classify()
+        self._review |= self._lone not in (None, seat)
         return stream
 
     def leave(self, stream_id: Hashable, now: float) -> None:
@@ -202,7 +216,7 @@ class StepPolicy:
 
     def plan(self, now: float) -> Plan:
         """Choose what may take part in the next step."""
-        if self._review or self._until_review <= 0:
+        if self._review or self._until_review <= 0 or now - self._reviewed_at >= self.rules.review_s:
             self._choose(now)
         elif self._refill:
             self._bring_to_room(now)
@@ -228,6 +242,10 @@ class StepPolicy:
         self._decodes, self._kv_tokens = decodes, kv_tokens
         self._prefill += _PREFILL_GAIN * (prefill - self._prefill)
         self._steps.append(Composed(now, prefill, decodes, kv_tokens))
+        if self.allowed_s is not None:
+            # The next review will see it; until then no further step may be stretched on the same lead.
+            late_s = self.fit.model.seconds(prefill, decodes, kv_tokens) - self.allowed_s
+            self._least_lead_s -= max(0.0, late_s)
         self._until_review -= 1
         self._step += 1
 
@@ -265,25 +283,24 @@ class StepPolicy:
         stream = self.streams[stream_id]
         return (not stream.owed, not stream.decoding, stream.seat.tag, stream.turn)
 
-    def prompts_last(self, stream_id: Hashable) -> tuple[bool, bool]:
-        """A sort key by which a step's tokens are given out: to decodes, to owed prompts, to the others."""
-        stream = self.streams[stream_id]
-        return (not stream.decoding, not stream.owed)
-
-    def prompts_running(self) -> bool:
-        """Whether prompts have begun that are not complete."""
-        return any(stream.running for stream in self._prompts.values())
+    def prompts_in_order(self) -> list[Hashable]:
+        """The prompts that have begun, in the order in which they should be given what decodes leave of a
+        step's tokens: owed ones first, earliest deadline first."""
+        running = [stream for stream in self._prompts.values() if stream.running]
+        running.sort(key=lambda stream: (not stream.owed, stream.due if stream.owed else 0.0))
+        return [stream.stream_id for stream in running]
 
     # --- decodes -----------------------------------------------------------------------------------
 
     def _choose(self, now: float) -> None:
         self._review = self._refill = False
-        self._until_review = self.rules.review_steps
+        self._until_review, self._reviewed_at = self.rules.review_steps, now
         owed = self._account(now)
         if not owed:
             self._free_all(now)
             return
         borrowed = self._borrowed_decodes()
+        self._lone = next((seat for seat in owed if len(seat.streams) == len(self.streams)), None)
         fitting = self._fitting(owed, borrowed)
         # It grows bit by bit: a step that happened to be short is no reason to try twice the batch.
         self._room = fitting if self._room == UNLIMITED else min(fitting, self._room + 2 + self._room // 4)
@@ -296,26 +313,41 @@ class StepPolicy:
 
     def _account(self, now: float) -> dict[StepSeat, float]:
         """Bring tags and leads up to `now`; the rate that each seat with an owed pace should get."""
-        rules, contended = self.rules, self.held > 0
         needed: dict[StepSeat, float] = {}
         self._least_lead_s = 0.0
+        contended, lowest = self.held > 0, None
         for seat in self.seats.values():
             owed, borrowed = seat.settle()
             if contended:
                 seat.tag += borrowed / seat.weight
-            rate = seat.owed_rate()
-            if rate <= 0.0:
-                seat.counted_at = None
-                continue
-            if seat.counted_at is None:
-                seat.lead = 0.0
-            else:
-                lead = seat.lead + owed + borrowed - rate * (now - seat.counted_at)
-                seat.lead = max(-rate * rules.kept_lag_s, min(rate * rules.kept_lead_s, lead))
-            seat.counted_at = now
-            self._least_lead_s = min(self._least_lead_s, seat.lead / rate)
-            needed[seat] = max(0.5 * rate, rate * (1.0 + rules.margin) - seat.lead / rules.horizon_s)
+            if seat.held and (lowest is None or seat.tag < lowest):
+                lowest = seat.tag
+            self._follow_lead(seat, owed + borrowed, now)
+            if seat.rate > 0.0:
+                self._least_lead_s = min(self._least_lead_s, seat.lead / seat.rate)
+                horizon_s = max(self.rules.horizon_s, _HORIZON_TOKENS / seat.rate)
+                needed[seat] = max(0.5 * seat.rate, self._aim(seat) - seat.lead / horizon_s)
+        if lowest is not None:
+            self._virtual = max(self._virtual, lowest)
         return needed
+
+    def _follow_lead(self, seat: StepSeat, decoded: int, now: float) -> None:
+        """Bring the seat's lead up to `now`, by the rate that was owed until now."""
+        if seat.counted_at is not None:
+            rules = self.rules
+            lead = seat.lead + decoded - self._aim(seat) * (now - seat.counted_at)
+            # A token more or less is neither lead nor lag.
+            most, least = max(1.0, seat.rate * rules.kept_lead_s), max(1.0, seat.rate * rules.kept_lag_s)
+            seat.lead = max(-least, min(most, lead))
+        seat.rate = seat.owed_rate()
+        if seat.rate > 0.0:
+            seat.counted_at = now
+        else:
+            seat.counted_at, seat.lead = None, 0.0
+
+    def _aim(self, seat: StepSeat) -> float:
+        """Tokens per second that the seat shall get, a little more than it is owed."""
+        return seat.rate + max(self.rules.margin * seat.rate, self.rules.margin_tok_s)
 
     def _fitting(self, needed: dict[StepSeat, float], borrowed: list[Stream]) -> int:
         """How many borrowed decodes may take part; where all do, how many like them could. Puts them in the
@@ -332,6 +364,10 @@ class StepPolicy:
         tightest = min(needed, key=lambda seat: seat.visible / needed[seat])
         allowed = tightest.visible / needed[tightest]
         prompts = self._prompt_time(allowed - model.seconds(0, decodes, kv_tokens))
+        if self._lone is not None:
+            # All of its sequences bring it tokens: none is held for its own sake.
+            self.allowed_s = (self._lone.visible + len(borrowed)) / needed[self._lone]
+            return UNLIMITED
         all_decodes = decodes + len(borrowed)
         all_kv_tokens = kv_tokens + sum(stream.computed for stream in borrowed)
         self.allowed_s = allowed
@@ -349,9 +385,6 @@ class StepPolicy:
             decodes, kv_tokens = decodes + 1, kv_tokens + stream.computed
             if model.seconds(0, decodes, kv_tokens) + prompts > self.allowed_s:
                 return place
-        if len(needed) == 1 and all(stream.seat in needed for stream in borrowed):
-            # Whoever is alone may be as many as it likes: they all bring it tokens.
-            return UNLIMITED
         room_s = self.allowed_s - prompts - model.seconds(0, decodes, kv_tokens)
         return len(borrowed) + self._more(decodes, kv_tokens, room_s)
 
@@ -389,16 +422,11 @@ class StepPolicy:
     def _put_in_order(self, borrowed: list[Stream]) -> None:
         """Lowest virtual time first, as it will be when all that come before have had a turn."""
         by_seat: dict[StepSeat, list[Stream]] = {}
-        lacking: set[StepSeat] = set()
         for stream in borrowed:
             by_seat.setdefault(stream.seat, []).append(stream)
-            if stream.held:
-                lacking.add(stream.seat)
-        if lacking:
-            self._virtual = max(self._virtual, min(seat.tag for seat in lacking))
         keys: dict[Stream, float] = {}
         for seat, streams in by_seat.items():
-            if seat not in lacking:
+            if not seat.held:
                 seat.tag = max(seat.tag, self._virtual)
             streams.sort(key=self._turn)
             for place, stream in enumerate(streams):
@@ -416,7 +444,7 @@ class StepPolicy:
         return (self._step < stream.fixed_until, -stream.seat.tag, stream.turn)
 
     def _free_all(self, now: float) -> None:
-        self.allowed_s = None
+        self.allowed_s = self._lone = None
         self._room = UNLIMITED
         if self.held:
             for stream in self.streams.values():
@@ -435,31 +463,37 @@ class StepPolicy:
     # --- prompts -----------------------------------------------------------------------------------
 
     def _plan_prompts(self, now: float) -> int | None:
-        """Keep borrowed prompts back where owed ones need their place; the most prompt tokens."""
-        owed = [stream for stream in self._prompts.values() if stream.owed]
-        tight = self.allowed_s is not None
-        # An engine serves running prompts before waiting ones. Where there is time for both, borrowed ones
-        # are kept back for one step at most, or a stream of short owed prompts would starve them.
-        waits = any(not stream.running for stream in owed)
-        keep_back = (bool(owed) and tight) or (waits and not self._kept_back)
-        if keep_back or self._kept_back:
-            for stream in self._prompts.values():
-                self._set_held(stream, keep_back and stream.running and not stream.owed, now)
-        self._kept_back = keep_back
+        """Keep prompts back where an owed one needs their place; the most prompt tokens of the step."""
+        prompts = self._prompts.values()
+        owed = [stream for stream in prompts if stream.owed and (stream.running or stream.ready)]
+        # An engine serves running prompts before waiting ones. They make way for one step at most, or short
+        # owed prompts in a row would starve them.
+        waiting = [stream.due for stream in owed if not stream.running]
+        urgent = min(waiting) if waiting and not self._made_way else None
+        self._made_way = urgent is not None
+        tight = bool(owed) and self.allowed_s is not None
+        for stream in prompts:
+            in_the_way = urgent is not None and not (stream.owed and stream.due <= urgent)
+            back = in_the_way or (tight and not stream.owed)
+            self._set_held(stream, back and stream.running, now)
         return self._prefill_tokens(owed)
 
     def _prefill_tokens(self, owed: list[Stream]) -> int | None:
         if self.allowed_s is None:
             return None
-        model = self.fit.model
+        rules, model = self.rules, self.fit.model
+        token_s = max(1e-9, model.prefill_token_s)
         # A lag that owed prompts may cause, borrowed ones may not.
-        most_behind_s = self.rules.kept_lead_s if owed else 0.0
-        stretched = self._least_lead_s >= -most_behind_s
-        allowed = self.allowed_s * (self.rules.stretch if stretched else 1.0)
+        stretch_s = 0.0
+        if self._least_lead_s >= (-rules.kept_lead_s if owed else 0.0):
+            stretch_s = min(rules.most_stretch_s, (rules.stretch - 1.0) * self.allowed_s)
+        room_s = self.allowed_s + stretch_s - model.seconds(0, self._decodes, self._kv_tokens)
         # What brings owed first tokens in time has precedence over the others' pace.
         least = self.allowed_s * sum(stream.seat.prefill_tok_s for stream in owed)
-        room_s = allowed - model.seconds(0, self._decodes, self._kv_tokens)
-        return int(max(least, room_s / max(1e-9, model.prefill_token_s), 0.0))
+        if self._lone is not None:
+            # Its own prompts are what will bring it more.
+            least = max(least, self.allowed_s / token_s)
+        return int(max(least, room_s / token_s, 0.0))
 
     # --- holding -----------------------------------------------------------------------------------
 
@@ -472,7 +506,13 @@ class StepPolicy:
             stream.fixed_until = self._step + self.rules.turn_steps
             self._changed.setdefault(stream, stream.held)
             stream.held = held
-            self.held += 1 if held else -1
+            change = 1 if held else -1
+            self.held += change
+            if stream.decoding:
+                if held and not stream.seat.held:
+                    # From now on it lacks something; what it did while it did not is no lead and no lag.
+                    stream.seat.tag = max(stream.seat.tag, self._virtual)
+                stream.seat.held += change
 
 
 def _longest_held(stream: Stream) -> tuple[float, int]:

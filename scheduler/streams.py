@@ -14,23 +14,29 @@ class Stream:
     __slots__ = (
         "computed",
         "decoded",
+        "due",
         "fixed_until",
         "held",
         "held_since",
         "owed",
         "preemptions",
         "prefill_left",
+        "ready",
         "running",
         "seat",
         "stream_id",
         "turn",
     )
 
-    def __init__(self, stream_id: Hashable, seat: StepSeat, input_tokens: int) -> None:
+    def __init__(self, stream_id: Hashable, seat: StepSeat, input_tokens: int, due: float) -> None:
         self.stream_id = stream_id
         self.seat = seat
         self.prefill_left = input_tokens
         """Tokens to compute before it decodes; 0 once it does."""
+        self.due = due
+        """When its first token is due, if it is owed."""
+        self.ready = True
+        """Whether the engine could start it; not while its grammar is compiled, say."""
         self.computed = 0
         """Tokens in the KV cache."""
         self.decoded = 0
@@ -62,27 +68,33 @@ class StepSeat:
         "borrowed_decoded",
         "counted_at",
         "guarantee_tok_s",
+        "held",
         "held_s",
         "lead",
         "owed",
         "owed_decoded",
         "prefill_tok_s",
         "quantity",
+        "rate",
         "streams",
         "tag",
         "visible",
         "weight",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, tag: float) -> None:
         self.guarantee_tok_s = 0.0
         self.prefill_tok_s = 1.0
         self.quantity = 1
         self.weight = 1.0
         self.streams: dict[Hashable, Stream] = {}
         self.owed: list[Stream] = []
-        self.tag = 0.0
+        self.tag = tag
         """Virtual time: borrowed tokens while others were held, by weight."""
+        self.held = 0
+        """Its decodes that are held."""
+        self.rate = 0.0
+        """What it was owed when its lead was counted last, tokens per second."""
         self.lead = 0.0
         """Tokens ahead of what is owed; negative when behind."""
         self.counted_at: float | None = None

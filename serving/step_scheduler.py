@@ -63,7 +63,7 @@ class SeatScheduler(AsyncScheduler):
             params = request.sampling_params
             row = int((params.extra_args or {}).get(SEAT, NOBODY)) if params is not None else NOBODY
             self._read_seat(row)
-            self._step_policy.enter(request.request_id, row, request.num_tokens)
+            self._step_policy.enter(request.request_id, row, request.num_tokens, time.monotonic())
         self._own_s += time.perf_counter() - began
         super().add_request(request)
 
@@ -110,6 +110,8 @@ class SeatScheduler(AsyncScheduler):
         if self._until_refresh <= 0:
             self._until_refresh = _REFRESH_STEPS
             self._refresh_seats()
+        for request in self.waiting:
+            policy.streams[request.request_id].ready = request.status in _READY
         plan = policy.plan(now)
         for stream in plan.changed:
             self.requests[str(stream.stream_id)].next_decode_eligible_step = _NEVER if stream.held else 0
@@ -120,9 +122,8 @@ class SeatScheduler(AsyncScheduler):
             self._make_way(now)
         if self._free_blocks_left() < len(self.running) + self._blocks(self.max_num_scheduled_tokens):
             self.running.sort(key=lambda request: policy.rank(request.request_id))
-        elif plan.prefill_tokens is not None and policy.prompts_running():
-            # vLLM gives a step's tokens out in this order, and a prompt in front would take them all.
-            self.running.sort(key=lambda request: policy.prompts_last(request.request_id))
+        else:
+            self._put_prompts_last()
 
     def _make_way(self, now: float) -> None:
         """Put owed requests first, and give them the slots and KV cache of borrowed ones if they need it."""
@@ -147,6 +148,13 @@ class SeatScheduler(AsyncScheduler):
         for request in reversed(owed):
             self.waiting.remove_request(request)
             self.waiting.prepend_request(request)
+
+    def _put_prompts_last(self) -> None:
+        """vLLM gives a step's tokens out in this order, and a prompt in front would take them all."""
+        prompts = [self.requests[str(stream_id)] for stream_id in self._step_policy.prompts_in_order()]
+        if prompts and self.running[-len(prompts) :] != prompts:
+            last = set(prompts)
+            self.running = [request for request in self.running if request not in last] + prompts
 
     def _free_blocks_left(self) -> int:
         return int(self.kv_cache_manager.block_pool.get_num_free_blocks())
