@@ -322,6 +322,7 @@ class Agent:
             clock_offset_ms=None if offset_s is None else offset_s * 1000,
             gpus=standing.gpus,
             problem=standing.problem,
+            capacity=self._supervisor.capacity or self._options.capacity,
         )
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from agent.home import StartError, only_agent_in
 from agent.options import Options, Pace
+from contract.capacity import NodeCapacity, parse_capacity
+from contract.errors import ContractError
 from contract.keys import KeyKind, is_key
 
 _EXAMPLES = """\
@@ -26,6 +28,9 @@ examples:
 
   # weights that are on this machine already, and vLLM's own flags for it behind a double dash
   boosts node --control-plane http://127.0.0.1:8000 --model /models/qwen3-8b -- --gpu-memory-utilization 0.92
+
+  # with what `boosts capacity` has measured here: a pool with a guarantee does not go live without it
+  boosts node --control-plane https://pools.example.com --capacity capacity.json
 
 signals:
   SIGTERM, SIGINT   drain and stop serving, then end
@@ -91,6 +96,7 @@ def parse(argv: list[str]) -> Options:
         agent_port=given.agent_port,
         model=model,
         drain_s=given.drain_s,
+        capacity=None if given.capacity is None else _capacity(parser, given.capacity),
         engine_flags=tuple(engine_flags),
         pace=Pace(silence_s=given.silence_s, stall_s=given.stall_s),
     )
@@ -142,6 +148,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--model", help="folder or id to load instead of the pool's model, served under the pool's name")
     add(
+        "--capacity",
+        type=Path,
+        metavar="FILE",
+        help="what `boosts capacity` has measured on this machine with the pool's flags; told to the control "
+        "plane until serving has measured itself",
+    )
+    add(
         "--drain-s",
         type=int,
         default=60,
@@ -160,6 +173,13 @@ def _parser() -> argparse.ArgumentParser:
         help="restart serving that made no token for this long with work in flight (default: %(default)s)",
     )
     return parser
+
+
+def _capacity(parser: argparse.ArgumentParser, file: Path) -> NodeCapacity:
+    try:
+        return parse_capacity(file.read_bytes())
+    except (OSError, ContractError) as error:
+        parser.error(f"--capacity {file}: {error}")
 
 
 def _port(text: str) -> int:

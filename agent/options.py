@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from contract.capacity import NodeCapacity
 from contract.nodes import HEARTBEAT_S, MAX_WAIT_S
 
 
@@ -58,6 +59,8 @@ class Options:
     model: str | None = None
     """Loaded instead of the pool's model, under its name."""
     drain_s: int = 60
+    capacity: NodeCapacity | None = None
+    """Of this node, as `boosts capacity` has measured it; until serving has measured itself."""
     engine_flags: tuple[str, ...] = ()
     """vLLM's, for this node alone; after the pool's, so they win."""
     serving: tuple[str, ...] = (sys.executable, "-m", "serving.main")

@@ -23,6 +23,7 @@ from agent.options import Options
 from agent.process import Launch, Record, ServingLog, ServingProcess
 from agent.sampler import Glimpse, Sampler
 from agent.watchdog import Backoff, Silence, Stall
+from contract.capacity import NodeCapacity
 from contract.errors import ContractError
 from contract.nodes import Orders, ServingState
 
@@ -43,6 +44,8 @@ class Supervisor:
         self.problem: str | None = None
         """Why serving is not ready, for people."""
         self.restarts = 0
+        self.capacity: NodeCapacity | None = None
+        """What the running serving process has measured of itself."""
         self._options = options
         self._pace = options.pace
         self._sampler = sampler
@@ -164,6 +167,7 @@ class Supervisor:
         self._process = process
         self._ready = False
         self._ready_since = None
+        self.capacity = None
         self._silence = Silence(
             self._pace.silence_s, was_ready=process is not None and process.record.was_ready
         )
@@ -176,6 +180,10 @@ class Supervisor:
         hung = None
         if self._silence.observe(answered=glimpse.answered, ready=glimpse.ready, now=now):
             hung = f"serving's stats port has not answered for {self._pace.silence_s:g} s"
+        if glimpse.report is not None and glimpse.report.capacity is not None:
+            # Serving may have loaded the pool's model from a folder: to others it is the pool's.
+            named = {"model_id": process.launch.model_id}
+            self.capacity = glimpse.report.capacity.model_copy(update=named)
         if glimpse.report is not None and self._stall.observe(glimpse.report, now):
             hung = f"the engine has made no token for {self._pace.stall_s:g} s, with work in flight"
         if hung is not None and not process.ended.is_set():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from boosts.console import (
     Role,
     Url,
     connect,
+    percent,
     read_json_file,
     show_fields,
     show_json,
@@ -24,7 +26,7 @@ from boosts.console import (
 )
 
 if TYPE_CHECKING:
-    from boosts.client import AdminPool, BlockTerms
+    from boosts.client import AdminPool, BlockTerms, ShownNode
 
 admin = typer.Typer(help="Operate a control plane: accounts, pools, nodes.", no_args_is_help=True)
 accounts = typer.Typer(help="Customers' accounts.", no_args_is_help=True)
@@ -162,7 +164,7 @@ def list_pools(context: typer.Context, url: Url = None, key: Key = None, as_json
         show_json(found)
         return
     show_table(
-        ("POOL", "MODEL", "STATUS", "PLEDGED", "TO GO LIVE", "BLOCKS: SEATS AT USD/MONTH"),
+        ("POOL", "MODEL", "STATUS", "PLEDGED", "TO GO LIVE", "TOK/S", "60 S", "BLOCKS: SEATS AT USD/MONTH"),
         [
             (
                 pool["slug"],
@@ -170,12 +172,48 @@ def list_pools(context: typer.Context, url: Url = None, key: Key = None, as_json
                 pool["status"],
                 pool["pledgedSlots"],
                 pool["minSeats"],
+                f"{pool['guaranteeTokS']:g}",
+                percent(pool["attainment60s"]),
                 ", ".join(_offer(name, block) for name, block in pool["blocks"].items()),
             )
             for pool in found
         ],
         empty="no pools yet",
     )
+    for pool in found:
+        for problem in _problems(pool):
+            print(f"\n{pool['slug']}: {problem}")
+
+
+@pools.command("show")
+def show_pool(
+    context: typer.Context, pool: Pool, url: Url = None, key: Key = None, as_json: AsJson = False
+) -> None:
+    """One pool: what it guarantees, what its nodes can honour, what it delivers, and what is wrong.
+
+    \b
+    example:
+      boosts admin pools show qwen3-8b
+    """
+    with connect(context, url, key, Role.OPERATOR) as client:
+        found = client.admin_pool(pool)
+        nodes = [node for node in client.nodes() if node["poolSlug"] == found["slug"]]
+    if as_json:
+        show_json({**found, "nodesNow": nodes})
+        return
+    show_fields(
+        {
+            "pool": found["slug"],
+            "status": found["status"],
+            "guarantee": f"{found['guaranteeTokS']:g} tok/s for each seat",
+            "declared": _declared(found),
+            "attainment": f"{percent(found['attainment60s'])}, the lowest of 60 s of late",
+        }
+    )
+    for problem in _problems(found):
+        print(f"\n{problem}")
+    print()
+    _show_nodes(nodes)
 
 
 @pools.command("open")
@@ -235,27 +273,8 @@ def list_nodes(context: typer.Context, url: Url = None, key: Key = None, as_json
         found = client.nodes()
     if as_json:
         show_json(found)
-        return
-    show_table(
-        ("NODE", "NAME", "POOL", "STATE", "HEARD", "RESTARTS", "SEATS", "URL"),
-        [
-            (
-                node["id"],
-                node["name"],
-                node["poolSlug"],
-                node["state"],
-                node["lastHeartbeatAt"],
-                node["restarts"],
-                node["seats"],
-                node["baseUrl"],
-            )
-            for node in found
-        ],
-        empty="no nodes yet",
-    )
-    for node in found:
-        if node["problem"]:
-            print(f"\n{node['id']}: {node['problem']}")
+    else:
+        _show_nodes(found)
 
 
 @nodes.command("join-token")
@@ -371,6 +390,46 @@ def throughput(
     )
     print()
     show_minutes(found["minutes"], found["totals"])
+
+
+def _show_nodes(found: Sequence[ShownNode]) -> None:
+    show_table(
+        (
+            *("NODE", "NAME", "POOL", "STATE", "HEARD", "RESTARTS"),
+            *("SEATS", "AT ONCE", "HONOURS", "TOK/S", "60 S", "URL"),
+        ),
+        [
+            (
+                *(node["id"], node["name"], node["poolSlug"], node["state"]),
+                *(node["lastHeartbeatAt"], node["restarts"]),
+                *(node["seats"], node["busiestBlockSeats"], node["mostSeats"]),
+                *(f"{node['guaranteeTokS']:g}", percent(node["attainment60s"]), node["baseUrl"]),
+            )
+            for node in found
+        ],
+        empty="no nodes yet",
+    )
+    for node in found:
+        if node["problem"]:
+            print(f"\n{node['id']}: {node['problem']}")
+
+
+def _problems(pool: AdminPool) -> list[str]:
+    """What keeps the pool from going live, and its alarms."""
+    waiting = pool["activationProblem"]
+    found = [] if waiting is None else [f"waits: {waiting['message']} ({waiting['code']})"]
+    return found + [f"ALARM: {alarm['message']} ({alarm['code']})" for alarm in pool["alarms"]]
+
+
+def _declared(pool: AdminPool) -> str | None:
+    judged = pool["feasibility"]
+    if judged is None:
+        return None
+    if judged["mostSeats"] is None:
+        return "nothing is guaranteed, so any number of seats is honoured"
+    said = "honoured" if judged["fits"] else f"too many ({', '.join(judged['fails'])})"
+    nodes = "one node" if pool["nodes"] == 1 else f"each of {pool['nodes']} nodes"
+    return f"{judged['seats']} seats at once on {nodes}: {said}; it honours {judged['mostSeats']} at most"
 
 
 def _offer(name: str, block: BlockTerms) -> str:

@@ -1,4 +1,4 @@
-"""`boosts`: run the whole stack or one part of it, buy and operate seats, make keys, run benchmarks.
+"""`boosts`: run the whole stack or one part of it, buy and operate seats, measure machines.
 
 Commands import what they need when they run, so that `boosts --help` answers at once.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 from boosts.admin_cli import admin
 from boosts.demo_file import home_folder
@@ -28,8 +29,14 @@ app.add_typer(billing, name="billing")
 app.add_typer(admin, name="admin")
 app.add_typer(keys, name="keys")
 
-# These commands have a parser of their own, `--help` included, and get their arguments as they are.
-_PASS_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+class _Whole(TyperCommand):
+    """A command with a parser of its own, `--help` included: it gets its arguments as they are, with the
+    double dash before vLLM's flags, which is lost on a parser that ignores what it does not know."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.args = list(args)
+        return list(ctx.args)
 
 
 @app.command()
@@ -67,25 +74,25 @@ def run(
         raise typer.Exit(1) from None
 
 
-@app.command("control-plane", context_settings=_PASS_ARGUMENTS)
+@app.command("control-plane", cls=_Whole)
 def control_plane(context: typer.Context) -> None:
     """Serve the pools API (boosts control-plane --help)."""
     _become("control_plane.main", context)
 
 
-@app.command(context_settings=_PASS_ARGUMENTS)
+@app.command(cls=_Whole)
 def node(context: typer.Context) -> None:
     """Run a node of a pool: the agent, which starts vLLM (boosts node --help)."""
     _become("agent.main", context)
 
 
-@app.command(context_settings=_PASS_ARGUMENTS)
+@app.command(cls=_Whole)
 def serve(context: typer.Context) -> None:
     """Serve a model to the seats of an entitlements file, without an agent (boosts serve --help)."""
     _become("serving.main", context)
 
 
-@app.command(context_settings=_PASS_ARGUMENTS)
+@app.command(cls=_Whole)
 def bench(context: typer.Context) -> None:
     """Measure a node against plain vLLM (boosts bench --help)."""
     from benchmarks.cli import main as bench_main
@@ -97,6 +104,21 @@ def bench(context: typer.Context) -> None:
 
         arguments += ["--model", str(build_demo_model(home_folder(os.environ) / "demo-model"))]
     raise typer.Exit(bench_main(arguments))
+
+
+@app.command(cls=_Whole)
+def capacity(context: typer.Context) -> None:
+    """Measure how many seats this machine can honour (boosts capacity --help)."""
+    from benchmarks.capacity import main as capacity_main
+
+    arguments = list(context.args)
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    if not {"-h", "--help"} & set(own) and not any(each.split("=")[0] == "--model" for each in own):
+        from boosts.demo_model import build_demo_model
+
+        folder = build_demo_model(home_folder(os.environ) / "demo-model")
+        arguments = ["--model", str(folder), "--model-id", "demo", *arguments]
+    raise typer.Exit(capacity_main(arguments))
 
 
 @keys.command("new")

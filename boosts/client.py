@@ -100,6 +100,25 @@ class BlockTerms(TypedDict):
     monthlyPrice: str
 
 
+class Feasibility(TypedDict):
+    """Whether one node honours so many seats of one block at once."""
+
+    seats: int
+    fits: bool
+    fails: list[str]
+    mostSeats: int | None
+    stepNeededMs: float
+    stepAllowedMs: float | None
+    kvTokensNeeded: int
+    kvTokens: int
+    slots: int
+
+
+class Problem(TypedDict):
+    code: str
+    message: str
+
+
 class AdminPool(TypedDict):
     """A pool as its operator sees it: the terms, and how it stands."""
 
@@ -111,7 +130,13 @@ class AdminPool(TypedDict):
     blocks: dict[str, BlockTerms]
     minSeats: int
     guaranteeTokS: float
+    nodes: int
     pledgedSlots: int
+    feasibility: Feasibility | None
+    """By the declared capacity."""
+    activationProblem: Problem | None
+    alarms: list[Problem]
+    attainment60s: float | None
 
 
 class CreatedAccount(TypedDict):
@@ -139,6 +164,11 @@ class Throughput(TypedDict):
     attainment: float | None
     inputTokens: int
     requests: int
+    borrowedTokens: float
+    heldS: float
+    attainment1s: float | None
+    attainment10s: float | None
+    attainment60s: float | None
 
 
 class ThroughputOfMinute(Throughput):
@@ -179,6 +209,10 @@ class ShownNode(TypedDict):
     restarts: int
     problem: str | None
     seats: int
+    guaranteeTokS: float
+    mostSeats: int | None
+    busiestBlockSeats: int
+    attainment60s: float | None
 
 
 class Card(TypedDict):
@@ -295,6 +329,9 @@ class Client:
 
     def admin_pools(self) -> list[AdminPool]:
         return cast(list[AdminPool], self._get("/api/admin/pools"))
+
+    def admin_pool(self, pool: str) -> AdminPool:
+        return cast(AdminPool, self._get(_admin_pool(pool)))
 
     def create_pool(self, terms: Mapping[str, Any]) -> AdminPool:
         return cast(AdminPool, self._post("/api/admin/pools", terms))

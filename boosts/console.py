@@ -38,13 +38,18 @@ _HINTS = {
     "pledge_exists": "see it with `boosts pools my-pledge {pool}`",
     "use_billing_portal": "from here: `boosts billing cancel {pool}`",
     "pool_not_found": "`boosts pools list` shows those there are",
+    "capacity_undeclared": "a draft takes it with `boosts admin pools edit {pool} -`",
+    "not_feasible": "offer fewer seats, a lower guarantee or lower limits, or plan more nodes",
     "operator_required": "give an operator's key with --key or BOOSTS_MANAGEMENT_KEY",
     "unauthorized": "check --key and BOOSTS_MANAGEMENT_KEY",
 }
 """What to do next, by the code of a refusal."""
 
 
-THROUGHPUT_COLUMNS = ("REQUESTS", "TOKENS IN", "OWED OUT", "DELIVERED", "ATTAINMENT")
+THROUGHPUT_COLUMNS = (
+    *("REQUESTS", "TOKENS IN", "OWED OUT", "DELIVERED", "BORROWED", "HELD S", "ATTAINMENT"),
+    *("LOWEST 1 S", "10 S", "60 S"),
+)
 
 
 class Role(enum.Enum):
@@ -101,14 +106,26 @@ def show_minutes(minutes: Sequence[ThroughputOfMinute], totals: Throughput) -> N
 
 def throughput_cells(figures: Throughput) -> tuple[str, ...]:
     """What stands under THROUGHPUT_COLUMNS."""
-    attainment = figures["attainment"]
     return (
         str(figures["requests"]),
         str(figures["inputTokens"]),
         f"{figures['owedTokens']:.0f}",
         str(figures["deliveredTokens"]),
-        "-" if attainment is None else f"{attainment:.1%}",
+        f"{figures['borrowedTokens']:.0f}",
+        f"{figures['heldS']:.1f}",
+        *map(
+            percent,
+            (
+                *(figures["attainment"], figures["attainment1s"]),
+                *(figures["attainment10s"], figures["attainment60s"]),
+            ),
+        ),
     )
+
+
+def percent(share: float | None) -> str:
+    """A share as people read it; a dash where there is none."""
+    return "-" if share is None else f"{share:.1%}"
 
 
 def show_fields(fields: Mapping[str, object]) -> None:

@@ -26,9 +26,22 @@ OPERATOR_EMAIL = "operator@localhost"
 CUSTOMER_EMAIL = "demo@localhost"
 CARD = "pm_card_visa"
 
+DEMO_MODEL = "demo"
+DEMO_CAPACITY: dict[str, Any] = {
+    "model_id": DEMO_MODEL,
+    "base_s": 0.002,
+    "prefill_token_s": 4e-5,
+    "decode_s": 1.5e-4,
+    "kv_token_s": 1.6e-7,
+    "slots": 64,
+    "kv_tokens": 1_000_000,
+}
+"""Of a demo node: what `boosts capacity` measured of the demo model on two busy CPU cores, with every time in
+it doubled. The machine that it really is on is measured by serving, before the pool goes live."""
+
 _TERMS: dict[str, Any] = {
     "slug": "demo",
-    "modelId": "demo",
+    "modelId": DEMO_MODEL,
     "modelName": "Demo",
     "description": "A small model with random weights: it talks nonsense fast. Everything around it is real.",
     "infraSpec": "This machine",
@@ -38,6 +51,7 @@ _TERMS: dict[str, Any] = {
     "guaranteeTokS": 20,
     "rpmLimit": 6_000,
     "tpmLimit": 10_000_000,
+    "declaredCapacity": DEMO_CAPACITY,
 }
 
 
@@ -50,8 +64,13 @@ class DemoKeys:
 
 
 def demo_terms(model: str | None, overrides: Mapping[str, Any]) -> PoolTerms:
-    """The demo pool's terms; a model of one's own has a pool of its own. Raises StackError."""
+    """The demo pool's terms; a model of one's own has a pool of its own. Raises StackError.
+
+    Of such a model it is not known what a node can do, so that nothing is guaranteed until that is declared.
+    """
     terms = {**_TERMS, **(_terms_for(model) if model else {}), **overrides}
+    if terms["modelId"] != DEMO_MODEL and "declaredCapacity" not in overrides:
+        terms |= {"declaredCapacity": None, "guaranteeTokS": overrides.get("guaranteeTokS", 0)}
     try:
         return PoolTerms.model_validate(terms, by_name=False)
     except ValidationError as error:

@@ -45,6 +45,7 @@ class Launch:
         self._began = time.time()
         self._told: tuple[Any, ...] = ()
         self._restarts = 0
+        self._problem = ""
 
     def follow(self, operator: Client, customer: Client) -> None:
         """Return when inference answers. Raises StackError and ClientError."""
@@ -63,6 +64,7 @@ class Launch:
                     self._tell(customer, pool, funding_message(pool, self._settings.home))
                 case "activating" | "funding":
                     self._watch_engine(operator)
+                    self._tell_problem(pool)
                 case status:
                     resume = f"boosts admin pools resume {pool['slug']}"
                     self._tell(customer, pool, f"pool {pool['slug']} is {status}; to go on: {resume}")
@@ -122,6 +124,13 @@ class Launch:
             self._write(pool, _boost_key(customer, pool))
             self._progress.say(message)
         self._told = now
+
+    def _tell_problem(self, pool: AdminPool) -> None:
+        """What keeps a pool from going live whose node is ready: waiting does not mend it."""
+        problem = pool["activationProblem"]
+        if problem is not None and problem["code"] != "no_ready_node" and problem["message"] != self._problem:
+            self._problem = problem["message"]
+            self._progress.say(f"pool {pool['slug']} does not go live: {problem['message']}")
 
     def _write(self, pool: AdminPool, boost_key: str | None) -> None:
         settings = self._settings

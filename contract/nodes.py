@@ -25,6 +25,7 @@ from typing import Annotated, Generic, Literal, TypeVar
 
 from pydantic import AwareDatetime, Field
 
+from contract.capacity import NodeCapacity
 from contract.documents import Document
 from contract.entitlements import Entitlements, Name
 from contract.reports import ThroughputReport
@@ -123,6 +124,8 @@ class Heartbeat(Document):
     gpus: Annotated[tuple[GpuFigures, ...], Field(max_length=64)]
     problem: Annotated[str, Field(max_length=2000)] | None
     """Why it is not ready, for people; the last lines of serving's log, say."""
+    capacity: NodeCapacity | None = None
+    """What the node has measured of itself; null where that is not known, or not yet."""
 
 
 class Acknowledged(Document):

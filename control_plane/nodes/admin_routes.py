@@ -6,10 +6,14 @@ import datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
+from pydantic import Field
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from contract.capacity import NodeCapacity
 from control_plane.auth import Operator
+from control_plane.capacity.judgement import Placed, judged_by_measurement, measured
+from control_plane.capacity.service import lowest_attainment_by_node
 from control_plane.clock import iso
 from control_plane.context import Context
 from control_plane.envelope import Shown, Success, documented
@@ -72,9 +76,27 @@ class ShownNode(Shown):
     """Active and past-due pledges that live on it."""
     seats: int
     """That they have reserved, over all blocks."""
+    guarantee_tok_s: float
+    """Of each seat of its pool."""
+    capacity: NodeCapacity | None
+    """What the node has measured of itself; null until it has."""
+    capacity_at: str | None
+    """When it last told us."""
+    most_seats: int | None
+    """Of one block, that it honours by this measurement; null where nothing is guaranteed or measured."""
+    busiest_block_seats: int
+    """Those that it has to honour at once."""
+    attainment_60s: Annotated[float, Field(ge=0, le=1)] | None = Field(alias="attainment60s")
+    """The lowest of its pledges in the last minute or two; null where nothing was owed."""
 
     @classmethod
-    def of(cls, node: Node, pool: Pool, load: Load, now: datetime.datetime) -> ShownNode:
+    def of(
+        cls, node: Node, pool: Pool, load: Load, attainment: float | None, now: datetime.datetime
+    ) -> ShownNode:
+        placed = Placed.of(load.pledges)
+        judged = None
+        if measured(node, pool) is not None:
+            judged = judged_by_measurement(node, pool, placed.busiest)
         return cls(
             id=node.id,
             name=node.name,
@@ -93,6 +115,12 @@ class ShownNode(Shown):
             problem=node.problem,
             pledges=len(load.pledges),
             seats=load.seats,
+            guarantee_tok_s=pool.guarantee_tok_s,
+            capacity=None if node.capacity is None else NodeCapacity.model_validate(node.capacity),
+            capacity_at=None if node.capacity_at is None else iso(node.capacity_at),
+            most_seats=None if judged is None else judged.most_seats,
+            busiest_block_seats=placed.busiest,
+            attainment_60s=attainment,
         )
 
 
@@ -150,10 +178,14 @@ async def _set_draining(context: Context, node_id: str, draining: bool) -> Succe
 async def _shown(session: AsyncSession, now: datetime.datetime, *conditions: Any) -> list[ShownNode]:
     """The nodes of which the conditions hold."""
     loads = await service.reserved(session)
+    attainments = await lowest_attainment_by_node(session, now)
     rows = await session.execute(
         select(Node, Pool)
         .join(Pool, Pool.id == Node.pool_id)
         .where(*conditions)
         .order_by(Node.created_at, Node.id)
     )
-    return [ShownNode.of(node, pool, loads.get(node.id, Load()), now) for node, pool in rows]
+    return [
+        ShownNode.of(node, pool, loads.get(node.id, Load()), attainments.get(node.id), now)
+        for node, pool in rows
+    ]

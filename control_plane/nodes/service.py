@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from contract.blocks import Block
 from contract.keys import KeyKind, is_key, key_sha256, new_key
 from contract.nodes import UNREADY_S, Enrolled, Enrolment, Heartbeat, Registration, ServingState
+from control_plane.capacity.judgement import Placed, honours
 from control_plane.envelope import ApiError
 from control_plane.nodes.tables import JoinToken, Node
 from control_plane.pledges.tables import SUBSCRIBED_STATES, Pledge
@@ -146,6 +147,8 @@ async def hear(session: AsyncSession, node_id: str, heartbeat: Heartbeat, now: d
     node.clock_offset_ms = heartbeat.clock_offset_ms
     node.gpus = [gpu.model_dump(mode="json") for gpu in heartbeat.gpus]
     node.problem = heartbeat.problem
+    if heartbeat.capacity is not None:
+        node.capacity, node.capacity_at = heartbeat.capacity.model_dump(mode="json"), now
 
 
 async def _locked(session: AsyncSession, node_id: str) -> Node:
@@ -224,28 +227,32 @@ def state(node: Node, now: datetime.datetime) -> NodeState:
 
 async def ready_nodes(session: AsyncSession, pool: Pool, now: datetime.datetime) -> list[Node]:
     """The pool's nodes that are ready, oldest first."""
-    return [node for node in await _of_pool(session, pool) if is_ready(node, pool, now)]
+    return [node for node in await of_pool(session, pool) if is_ready(node, pool, now)]
 
 
 async def choose_node(
-    session: AsyncSession, pool: Pool, blocks: Collection[Block], now: datetime.datetime
+    session: AsyncSession, pool: Pool, blocks: Collection[Block], now: datetime.datetime, quantity: int = 1
 ) -> Node | None:
     """The node for a new pledge to these blocks; None when there is none that is not draining.
 
-    A ready node before others; of them the one with the fewest reserved seats in these blocks, then
-    in all, then the oldest. The pool's row should be locked, or two pledges may choose alike.
+    A ready node before others, and one that has proven to honour the seats too; of them the one with the
+    fewest reserved seats in these blocks, then in all, then the oldest. The pool's row should be locked, or
+    two pledges may choose alike.
     """
-    nodes = [node for node in await _of_pool(session, pool) if not node.draining]
+    nodes = [node for node in await of_pool(session, pool) if not node.draining]
     loads = await reserved(session, pool.id)
 
-    def preference(node: Node) -> tuple[bool, int, int]:
+    def preference(node: Node) -> tuple[bool, bool, int, int]:
         load = loads.get(node.id, Load())
-        return not is_ready(node, pool, now), load.seats_in(blocks), load.seats
+        after = Placed.of([*load.pledges, (quantity, frozenset(blocks))])
+        crowded = not honours(node, pool, after)
+        return not is_ready(node, pool, now), crowded, load.seats_in(blocks), load.seats
 
     return min(nodes, key=preference, default=None)
 
 
-async def _of_pool(session: AsyncSession, pool: Pool) -> list[Node]:
+async def of_pool(session: AsyncSession, pool: Pool) -> list[Node]:
+    """All nodes of the pool, oldest first."""
     rows = await session.scalars(
         select(Node).where(Node.pool_id == pool.id).order_by(Node.created_at, Node.id)
     )

@@ -39,6 +39,10 @@ class Node(Table):
     clock_offset_ms: Mapped[float | None]
     gpus: Mapped[list[dict[str, Any]]] = mapped_column(JSON, default=list)
     problem: Mapped[str | None] = mapped_column(Text)
+    capacity: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """The last that it measured of itself: a `contract.capacity.NodeCapacity`; None until it has."""
+    capacity_at: Mapped[datetime.datetime | None]
+    """When it last told us."""
 
 
 class JoinToken(Table):

@@ -19,6 +19,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from control_plane.accounts.tables import IdempotentCall
 from control_plane.billing.gateway import GatewayUnavailable
 from control_plane.billing.tables import Charge, ChargeState, Purpose
+from control_plane.capacity.judgement import in_order
+from control_plane.capacity.service import Alarm, activation_problem, alarms, bundle_of, changes
 from control_plane.context import ControlPlane
 from control_plane.nodes.service import choose_node, ready_nodes
 from control_plane.pledges import transitions
@@ -39,6 +41,10 @@ HOLD_TIME = datetime.timedelta(minutes=15)
 """A hold that could not be paid by then, because the gateway was away, ends."""
 MINUTES_KEPT = datetime.timedelta(days=92)
 """Throughput by minute: the last quarter."""
+ACTIVATION_PATIENCE = datetime.timedelta(hours=1)
+"""A pool whose pledges are paid waits this long for nodes that honour them, and then gives the money back."""
+_LOOK_EVERY = datetime.timedelta(seconds=10)
+"""For alarms."""
 _GATEWAY_REST = datetime.timedelta(seconds=5)
 _CHARGE_REST = datetime.timedelta(minutes=1)
 _AT_ONCE = 8
@@ -54,6 +60,8 @@ class Lifecycle:
         self._context = context
         self._gateway_rests_until: datetime.datetime | None = None
         self._charges_rest_until: dict[str, datetime.datetime] = {}
+        self._looked_at: datetime.datetime | None = None
+        self._alarms: dict[str, list[Alarm]] = {}
 
     async def run(self) -> None:
         """Tick until canceled. A tick that fails is logged, and the next one tries again."""
@@ -74,6 +82,7 @@ class Lifecycle:
             self._settle_charges,
             self._decide_activations,
             self._place_pledges,
+            self._sound_alarms,
             self._forget,
         )
         await _each(steps, lambda step: step())
@@ -134,12 +143,17 @@ class Lifecycle:
         await _each(await self._pools(PoolState.ACTIVATING, PoolState.ACTIVE), begin_charging)
 
     async def _may_charge(self, session: AsyncSession, pool: Pool) -> bool:
-        if pool.state is not PoolState.ACTIVATING:
-            return pool.state is PoolState.ACTIVE
-        return await _has_begun_charging(session, pool) or bool(await ready_nodes(session, pool, self._now()))
+        """Nobody pays for seats that no node would serve now, or that its nodes have not proven to honour."""
+        if pool.state is PoolState.ACTIVATING:
+            return await activation_problem(session, pool, self._now()) is None
+        return pool.state is PoolState.ACTIVE and bool(await ready_nodes(session, pool, self._now()))
 
     async def _decide_activations(self) -> None:
-        """activating -> active or back to funding, once every pledge has been charged."""
+        """activating -> active or back to funding, once every pledge has been charged.
+
+        A node may have been lost meanwhile, or have become slower: then the pool waits for one that honours
+        what was paid, for an hour, and after that the money goes back.
+        """
 
         async def decide(pool_id: str) -> None:
             async with self._context.database.write() as session:
@@ -171,9 +185,14 @@ class Lifecycle:
             else:
                 await transitions.cancel(session, pool, pledge, "card_declined", now)
         seats = sum(pledge.seats for pledge, _ in paid)
-        if seats >= pool.min_seats:
+        enough = seats >= pool.min_seats
+        problem = await activation_problem(session, pool, now, [pledge for pledge, _ in paid])
+        if enough and problem is not None and now - _first_paid(paid) < ACTIVATION_PATIENCE:
+            return
+        if enough and problem is None:
             pool.state = PoolState.ACTIVE
-            for pledge, _ in paid:
+            # As it was judged: each choice of a node depends on those before it.
+            for pledge, _ in sorted(paid, key=lambda pair: in_order(bundle_of(pair[0]))):
                 await transitions.activate(session, self._context.vault, pool, pledge, now)
         else:
             pool.state = PoolState.FUNDING
@@ -259,11 +278,35 @@ class Lifecycle:
         condition = Pledge.state.in_(SUBSCRIBED_STATES) & Pledge.node_id.is_(None)
 
         async def place(session: AsyncSession, pool: Pool, pledge: Pledge) -> None:
-            if await choose_node(session, pool, pledge.reserved_blocks, self._now()) is not None:
+            blocks = pledge.reserved_blocks
+            if await choose_node(session, pool, blocks, self._now(), pledge.quantity) is not None:
                 await transitions.place(session, pool, pledge, self._now())
                 pools.touch(pool)
 
         await self._each_pledge(condition, place)
+
+    async def _sound_alarms(self) -> None:
+        """Log what keeps a pool from going live and what is wrong with a live one, as it begins and ends."""
+        now = self._now()
+        if self._looked_at is not None and now - self._looked_at < _LOOK_EVERY:
+            return
+        self._looked_at = now
+
+        async def look(pool_id: str) -> None:
+            async with self._context.database.read() as session:
+                pool = await session.get_one(Pool, pool_id)
+                current = await alarms(session, pool, now)
+                if pool.state is PoolState.ACTIVATING:
+                    problem = await activation_problem(session, pool, now)
+                    current = [] if problem is None else [Alarm(problem.code, problem.message)]
+            begun, over = changes(self._alarms.get(pool_id, []), current)
+            for alarm in begun:
+                log.warning("alarm: pool %s: %s: %s", pool.slug, alarm.code, alarm.message)
+            for alarm in over:
+                log.info("alarm over: pool %s: %s: %s", pool.slug, alarm.code, alarm.message)
+            self._alarms[pool_id] = current
+
+        await _each(await self._pools(*PoolState), look)
 
     async def _forget(self) -> None:
         """What has been kept for as long as it was promised."""
@@ -359,6 +402,12 @@ async def _has_begun_charging(session: AsyncSession, pool: Pool) -> bool:
         )
     )
     return bool(await session.scalar(select(exists(charges))))
+
+
+def _first_paid(paid: Sequence[tuple[Pledge, Charge]]) -> datetime.datetime:
+    settled = [charge.settled_at for _, charge in paid if charge.settled_at is not None]
+    assert settled, "a pool needs a seat at least to go live"
+    return min(settled)
 
 
 async def _is_all_charged(session: AsyncSession, pool: Pool) -> bool:

@@ -13,6 +13,7 @@ from contract.blocks import Block
 from control_plane.accounts.tables import Account
 from control_plane.billing.gateway import GatewayUnavailable
 from control_plane.billing.tables import Charge, ChargeState, PaymentMethod, Purpose
+from control_plane.capacity import service as capacity
 from control_plane.context import ControlPlane
 from control_plane.database import new_id
 from control_plane.envelope import ApiError
@@ -85,8 +86,10 @@ async def _hold(
         )
     offers = {row.block: row for row in await pools.blocks_of(session, pool.id)}
     _require_offered(offers.keys(), order.blocks)
-    seats = await _pick_seats(session, pool, order)
     now = context.clock()
+    if pool.state is PoolState.ACTIVE:
+        await capacity.require_room(session, pool, (order.quantity, frozenset(order.blocks)), now)
+    seats = await _pick_seats(session, pool, order)
     pledge = Pledge(
         id=new_id(),
         account_id=account.id,

@@ -46,7 +46,7 @@ async def activate(
 
 async def place(session: AsyncSession, pool: Pool, pledge: Pledge, now: datetime.datetime) -> None:
     """Give the pledge a node, if there is one."""
-    node = await choose_node(session, pool, pledge.reserved_blocks, now)
+    node = await choose_node(session, pool, pledge.reserved_blocks, now, pledge.quantity)
     pledge.node_id = None if node is None else node.id
     # Seen by the next choice in this transaction.
     await session.flush()

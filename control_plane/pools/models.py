@@ -10,6 +10,7 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from contract.blocks import Block
+from contract.capacity import DEFAULT_CONTEXT_TOKENS, DEFAULT_MARGIN, NodeCapacity
 from control_plane.envelope import Shown
 from control_plane.money import HOURS, show, slot_price
 from control_plane.pledges.tables import SUBSCRIBED_STATES, PledgeState
@@ -62,6 +63,14 @@ class PoolTerms(Shown):
     """Requests per minute of one seat."""
     tpm_limit: Annotated[int, Field(ge=1, le=MAX_LIMIT)]
     """Tokens per minute, input and output, of one seat."""
+    nodes: Annotated[int, Field(ge=1, le=MAX_SEATS)] = 1
+    """That will serve it. A pledge lives wholly on one, so capacity is judged node by node."""
+    declared_capacity: NodeCapacity | None = None
+    """What one node can do, as `boosts capacity` writes it; needed to open a pool with a guarantee."""
+    context_tokens: Annotated[int, Field(ge=1, le=10**8)] = DEFAULT_CONTEXT_TOKENS
+    """Tokens of context that are counted for each seat's stream when capacity is judged."""
+    capacity_margin: Annotated[float, Field(ge=0, lt=1)] = DEFAULT_MARGIN
+    """The share of each node that is not sold."""
     engine_args: list[Text] | dict[Text, bool | int | float | Text] = Field(default_factory=list)
     """vLLM's own flags, as a list or by name: `["--max-num-seqs", "256"]`, `{"max-num-seqs": 256}`."""
 
@@ -70,6 +79,15 @@ class PoolTerms(Shown):
         offered = sum(offer.seats for offer in self.blocks.values())
         if self.min_seats > offered:
             raise ValueError(f"minSeats is {self.min_seats}, but the blocks have only {offered} seats in all")
+        return self
+
+    @model_validator(mode="after")
+    def _of_this_model(self) -> Self:
+        declared = self.declared_capacity
+        if declared is not None and declared.model_id != self.model_id:
+            raise ValueError(
+                f"declaredCapacity is of the model {declared.model_id!r}, but modelId is {self.model_id!r}"
+            )
         return self
 
     @property

@@ -10,6 +10,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from contract.blocks import Block
+from control_plane.capacity.judgement import require_declared
 from control_plane.database import new_id
 from control_plane.envelope import ApiError
 from control_plane.pledges.tables import SUBSCRIBED_STATES, Pledge
@@ -106,9 +107,14 @@ async def edit(session: AsyncSession, pool: Pool, terms: PoolTerms, changed: Col
 
 
 async def open_for_pledges(session: AsyncSession, pool: Pool) -> None:
-    """draft -> funding: from here on its seats are a fixed inventory."""
+    """draft -> funding: from here on its seats are a fixed inventory.
+
+    Raises ApiError 409 when the declared capacity does not honour them.
+    """
     _require_state(pool, PoolState.DRAFT, "be opened")
-    for row in await blocks_of(session, pool.id):
+    blocks = await blocks_of(session, pool.id)
+    require_declared(pool, blocks)
+    for row in blocks:
         session.add_all(
             Seat(pool_id=pool.id, block=row.block, slot_index=index) for index in range(row.seats)
         )
@@ -169,6 +175,11 @@ async def _set_terms(session: AsyncSession, pool: Pool, terms: PoolTerms) -> Non
     pool.rpm_limit = terms.rpm_limit
     pool.tpm_limit = terms.tpm_limit
     pool.engine_flags = terms.engine_flags
+    pool.nodes = terms.nodes
+    pool.context_tokens = terms.context_tokens
+    pool.capacity_margin = terms.capacity_margin
+    declared = terms.declared_capacity
+    pool.declared_capacity = None if declared is None else declared.model_dump(mode="json")
     session.add_all(
         PoolBlock(pool_id=pool.id, block=block, seats=offer.seats, price_cents=offer.price_cents)
         for block, offer in terms.blocks.items()

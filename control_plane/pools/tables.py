@@ -10,6 +10,7 @@ from sqlalchemy import JSON, ForeignKey, Index, String, Text, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column
 
 from contract.blocks import Block
+from contract.capacity import DEFAULT_CONTEXT_TOKENS, DEFAULT_MARGIN
 from control_plane.database import Table, new_id, stored_enum
 
 
@@ -41,6 +42,14 @@ class Pool(Table):
     """Per seat, like tpm_limit."""
     tpm_limit: Mapped[int]
     engine_flags: Mapped[list[str]] = mapped_column(JSON)
+    nodes: Mapped[int] = mapped_column(default=1)
+    """That its operator means to run: a pledge lives on one of them."""
+    context_tokens: Mapped[int] = mapped_column(default=DEFAULT_CONTEXT_TOKENS)
+    """Counted for each seat's stream when capacity is judged."""
+    capacity_margin: Mapped[float] = mapped_column(default=DEFAULT_MARGIN)
+    """The share of each node that is not sold."""
+    declared_capacity: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """Of one node, as its operator declared it: a `contract.capacity.NodeCapacity`."""
     revision: Mapped[int] = mapped_column(default=1)
     """Raised with every change that a node has to know (`control_plane.pools.service.touch`)."""
     activation: Mapped[int] = mapped_column(default=0)

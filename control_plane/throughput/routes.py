@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from dataclasses import asdict
 from typing import Annotated
 
 from fastapi import APIRouter, Query
@@ -25,6 +26,8 @@ Minutes = Annotated[
     int, Query(ge=1, le=1440, description="How far back, in minutes; the running one is the last")
 ]
 
+Window = Annotated[float, Field(ge=0, le=1)] | None
+
 
 class Throughput(Shown):
     """What was owed and delivered over some time."""
@@ -38,6 +41,16 @@ class Throughput(Shown):
     input_tokens: int
     requests: int
     """That entered the engine; refused ones do not count."""
+    borrowed_tokens: float
+    """Of the delivered ones, those beyond what was owed."""
+    held_s: float
+    """Seconds for which requests were held between steps, each by itself."""
+    attainment_1s: Window = Field(alias="attainment1s")
+    """The lowest of windows of 1 s, as sampled about every 10 s; null where nothing was owed."""
+    attainment_10s: Window = Field(alias="attainment10s")
+    """The same, of windows of 10 s."""
+    attainment_60s: Window = Field(alias="attainment60s")
+    """The same, of windows of 60 s."""
 
     @classmethod
     def of(cls, sums: Sums) -> Throughput:
@@ -47,6 +60,9 @@ class Throughput(Shown):
             attainment=sums.attainment,
             input_tokens=sums.amounts.input_tokens,
             requests=sums.amounts.requests,
+            borrowed_tokens=shown_tokens(sums.amounts.borrowed_tokens),
+            held_s=round(sums.amounts.held_s, 3),
+            **asdict(sums.windows),
         )
 
 

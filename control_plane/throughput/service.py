@@ -12,10 +12,10 @@ import logging
 import operator
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
-from typing import TypeVar
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
 
-from sqlalchemy import Float, case, cast, delete, func, select, update
+from sqlalchemy import ColumnElement, Float, case, cast, delete, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute
@@ -55,10 +55,17 @@ class Amounts:
     """Delivered: produced by the engine."""
     owed_tokens: float = 0.0
     shortfall_tokens: float = 0.0
+    borrowed_tokens: float = 0.0
+    """Delivered beyond what was owed."""
+    held_s: float = 0.0
+    """Sequence-seconds for which its requests were held between steps."""
 
     @property
-    def values(self) -> tuple[int, int, int, float, float]:
-        return self.requests, self.input_tokens, self.output_tokens, self.owed_tokens, self.shortfall_tokens
+    def values(self) -> tuple[int, int, int, float, float, float, float]:
+        return (
+            *(self.requests, self.input_tokens, self.output_tokens),
+            *(self.owed_tokens, self.shortfall_tokens, self.borrowed_tokens, self.held_s),
+        )
 
     def __add__(self, other: Amounts) -> Amounts:
         return Amounts(*map(operator.add, self.values, other.values))
@@ -77,8 +84,7 @@ class Amounts:
             rounded(self.requests),
             rounded(self.input_tokens),
             rounded(self.output_tokens),
-            self.owed_tokens * share,
-            self.shortfall_tokens * share,
+            *(amount * share for amount in self.values[3:]),
         )
 
     @property
@@ -88,13 +94,8 @@ class Amounts:
 
     def rises(self) -> Amounts:
         """As a difference of counters: those that went up."""
-        return Amounts(
-            max(self.requests, 0),
-            max(self.input_tokens, 0),
-            max(self.output_tokens, 0),
-            max(self.owed_tokens, 0.0),
-            max(self.shortfall_tokens, 0.0),
-        )
+        requests, inputs, outputs = (max(count, 0) for count in self.values[:3])
+        return Amounts(requests, inputs, outputs, *(max(amount, 0.0) for amount in self.values[3:]))
 
     @classmethod
     def of(cls, row: SeatCounters | ThroughputMinute) -> Amounts:
@@ -108,11 +109,40 @@ class Amounts:
             output_tokens=seat.output_tokens,
             owed_tokens=seat.owed_tokens,
             shortfall_tokens=seat.shortfall_tokens,
+            borrowed_tokens=seat.borrowed_tokens,
+            held_s=seat.held_s,
         )
 
 
 _AMOUNTS = tuple(field.name for field in fields(Amounts))
 _NOTHING = Amounts()
+
+
+@dataclass(frozen=True, slots=True)
+class Attainments:
+    """Delivered over owed in windows of 1, 10 and 60 s, 0 to 1; None where nothing was owed.
+
+    Of several windows together: the lowest, so that a good one does not hide a bad one.
+    """
+
+    attainment_1s: float | None = None
+    attainment_10s: float | None = None
+    attainment_60s: float | None = None
+
+    def __or__(self, other: Attainments) -> Attainments:
+        return Attainments(*(_lower(getattr(self, name), getattr(other, name)) for name in _ATTAINMENTS))
+
+    @classmethod
+    def of(cls, source: SeatThroughput | ThroughputMinute) -> Attainments:
+        return cls(*(getattr(source, name) for name in _ATTAINMENTS))
+
+
+_ATTAINMENTS = tuple(field.name for field in fields(Attainments))
+_NOTHING_OWED = Attainments()
+
+
+def _lower(one: float | None, other: float | None) -> float | None:
+    return min((share for share in (one, other) if share is not None), default=None)
 
 
 def spread(
@@ -169,6 +199,7 @@ async def store(
     boots = await _boots(session, node, {report.boot_id for report in batch.reports})
     known = await _pledges(session, node, batch.reports)
     minutes: defaultdict[tuple[str, datetime.datetime], Amounts] = defaultdict(Amounts)
+    windows: defaultdict[tuple[str, datetime.datetime], Attainments] = defaultdict(Attainments)
     stored = 0
     for report in batch.reports:
         boot = boots.get(report.boot_id)
@@ -182,9 +213,12 @@ async def store(
                 continue
             for minute, amounts in spread(boot.advance(session, seat), start, end).items():
                 minutes[seat.pledge_id, minute] += amounts
+            attainments = Attainments.of(seat)
+            if attainments != _NOTHING_OWED:
+                windows[seat.pledge_id, minute_of(end)] |= attainments
         boot.row.sequence, boot.row.at = report.sequence, end
         stored += 1
-    await _add(session, minutes)
+    await _add(session, minutes, windows)
     return stored, len(batch.reports) - stored
 
 
@@ -272,20 +306,39 @@ async def _pledges(session: AsyncSession, node: Node, reports: Iterable[Throughp
     return frozenset(rows)
 
 
-async def _add(session: AsyncSession, minutes: Mapping[tuple[str, datetime.datetime], Amounts]) -> None:
-    """Raise the stored sums, in one order for all, so that no two transactions wait for each other."""
-    if not minutes:
+async def _add(
+    session: AsyncSession,
+    minutes: Mapping[tuple[str, datetime.datetime], Amounts],
+    windows: Mapping[tuple[str, datetime.datetime], Attainments],
+) -> None:
+    """Raise the stored sums and lower the stored attainments, in one order for all, so that no two
+    transactions wait for each other."""
+    places = sorted(minutes.keys() | windows.keys())
+    if not places:
         return
     insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
     statement = insert(ThroughputMinute)
     raised = {name: getattr(ThroughputMinute, name) + statement.excluded[name] for name in _AMOUNTS}
+    lowered = {
+        name: _lesser(getattr(ThroughputMinute, name), statement.excluded[name]) for name in _ATTAINMENTS
+    }
     await session.execute(
-        statement.on_conflict_do_update(index_elements=["pledge_id", "minute"], set_=raised),
+        statement.on_conflict_do_update(index_elements=["pledge_id", "minute"], set_=raised | lowered),
         [
-            {"pledge_id": pledge_id, "minute": minute, **_columns(amounts)}
-            for (pledge_id, minute), amounts in sorted(minutes.items(), key=lambda item: item[0])
+            {
+                "pledge_id": pledge_id,
+                "minute": minute,
+                **_columns(minutes.get((pledge_id, minute), _NOTHING)),
+                **asdict(windows.get((pledge_id, minute), _NOTHING_OWED)),
+            }
+            for pledge_id, minute in places
         ],
     )
+
+
+def _lesser(stored: ColumnElement[float | None], new: ColumnElement[float | None]) -> ColumnElement[Any]:
+    """Of the two; a null gives way. SQLite and PostgreSQL each have a function for it, and they differ."""
+    return case((stored.is_(None), new), (new < stored, new), else_=stored)
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -298,6 +351,8 @@ class Sums:
     amounts: Amounts = _NOTHING
     met_tokens: float = 0.0
     """The sum of the lesser of owed and delivered, minute by minute and pledge by pledge."""
+    windows: Attainments = _NOTHING_OWED
+    """The lowest that reports showed in these minutes."""
 
     @property
     def attainment(self) -> float | None:
@@ -310,11 +365,13 @@ class Sums:
         return min(1.0, self.met_tokens / self.amounts.owed_tokens)
 
     def __add__(self, other: Sums) -> Sums:
-        return Sums(self.amounts + other.amounts, self.met_tokens + other.met_tokens)
+        return Sums(
+            self.amounts + other.amounts, self.met_tokens + other.met_tokens, self.windows | other.windows
+        )
 
     @classmethod
     def of(cls, row: ThroughputMinute) -> Sums:
-        return cls(Amounts.of(row), min(row.owed_tokens, row.output_tokens))
+        return cls(Amounts.of(row), min(row.owed_tokens, row.output_tokens), Attainments.of(row))
 
 
 def window_start(minutes: int, now: datetime.datetime) -> datetime.datetime:
@@ -352,14 +409,20 @@ async def _summed(
 ) -> dict[Key, Sums]:
     owed, output = ThroughputMinute.owed_tokens, cast(ThroughputMinute.output_tokens, Float)
     met = case((output < owed, output), else_=owed)
+    summed = [func.sum(getattr(ThroughputMinute, name)) for name in _AMOUNTS]
+    lowest = [func.min(getattr(ThroughputMinute, name)) for name in _ATTAINMENTS]
     rows = await session.execute(
-        select(key, func.sum(met), *(func.sum(getattr(ThroughputMinute, name)) for name in _AMOUNTS))
+        select(key, func.sum(met), *summed, *lowest)
         .join(Pledge, Pledge.id == ThroughputMinute.pledge_id)
         .where(Pledge.pool_id == pool_id, ThroughputMinute.minute >= since)
         .group_by(key)
     )
     return {
         # PostgreSQL sums its 64-bit integers as decimals.
-        group: Sums(Amounts(int(requests), int(inputs), int(outputs), owed, short), met)
-        for group, met, requests, inputs, outputs, owed, short in rows
+        group: Sums(
+            Amounts(int(requests), int(inputs), int(outputs), *rest[: -len(_ATTAINMENTS)]),
+            met,
+            Attainments(*rest[-len(_ATTAINMENTS) :]),
+        )
+        for group, met, requests, inputs, outputs, *rest in rows
     }

@@ -37,6 +37,8 @@ class SeatCounters(Table):
     output_tokens: Mapped[int] = mapped_column(BigInteger)
     owed_tokens: Mapped[float]
     shortfall_tokens: Mapped[float]
+    borrowed_tokens: Mapped[float] = mapped_column(default=0.0)
+    held_s: Mapped[float] = mapped_column(default=0.0)
 
 
 class ThroughputMinute(Table):
@@ -51,3 +53,10 @@ class ThroughputMinute(Table):
     output_tokens: Mapped[int] = mapped_column(BigInteger)
     owed_tokens: Mapped[float]
     shortfall_tokens: Mapped[float]
+    borrowed_tokens: Mapped[float] = mapped_column(default=0.0)
+    held_s: Mapped[float] = mapped_column(default=0.0)
+    """Sequence-seconds for which its requests were held between steps."""
+    attainment_1s: Mapped[float | None]
+    """The lowest of the windows of 1 s that reports of this minute showed; None where nothing was owed."""
+    attainment_10s: Mapped[float | None]
+    attainment_60s: Mapped[float | None]

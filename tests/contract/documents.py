@@ -28,6 +28,24 @@ def pledge(name: str, digit: str, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
+def capacity(**changes: Any) -> dict[str, Any]:
+    """Declared, of a node that honours 100 seats and more at 50 tok/s."""
+    return {
+        "model_id": "org/model",
+        "base_s": 0.005,
+        "prefill_token_s": 2e-6,
+        "decode_s": 1e-5,
+        "kv_token_s": 1e-8,
+        "slots": 256,
+        "kv_tokens": 4_000_000,
+    } | changes
+
+
+def measured(**changes: Any) -> dict[str, Any]:
+    """The same, measured."""
+    return capacity(error=0.02, measured_at="2026-01-01T00:00:00Z") | changes
+
+
 def report(**changes: Any) -> dict[str, Any]:
     seat = {
         "pledge_id": "a",

@@ -27,6 +27,23 @@ def test_reports_survive_a_round_trip() -> None:
     assert parse_report(parsed.model_dump_json()) == parsed
 
 
+def test_a_report_of_before_the_whole_ledger_is_still_read() -> None:
+    """Such reports wait in the spools of nodes."""
+    [seat] = parse_report(json.dumps(documents.report())).seats
+    assert (seat.borrowed_tokens, seat.held_s, seat.attainment_1s, seat.attainment_10s) == (0, 0, None, None)
+
+
+def test_reports_carry_the_whole_ledger_and_the_capacity() -> None:
+    report = documents.report(capacity=documents.measured())
+    more = {"borrowed_tokens": 3.5, "held_s": 0.25, "attainment_1s": 0.5, "attainment_10s": 0.75}
+    report["seats"][0] |= more
+    parsed = parse_report(json.dumps(report))
+    assert parse_report(parsed.model_dump_json()) == parsed
+    assert parsed.seats[0].held_s == 0.25
+    assert parsed.capacity is not None
+    assert parsed.capacity.slots == 256
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

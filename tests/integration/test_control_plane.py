@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from serving.family import stop_with_parent
+from tests.contract.documents import capacity
 from tests.integration.conftest import free_port, stop_group, wait_for
 from tests.unit.control_plane.conftest import (
     database_url,
@@ -41,6 +42,7 @@ TERMS: dict[str, Any] = {
     "guaranteeTokS": 20,
     "rpmLimit": 60,
     "tpmLimit": 1000,
+    "declaredCapacity": capacity(model_id="model"),
 }
 
 

@@ -19,6 +19,9 @@ HOLD_TIME = 900 * SECOND
 GATEWAY_REST = 5 * SECOND
 CHARGE_REST = 60 * SECOND
 HEARD = 40 * SECOND
+PATIENCE = datetime.timedelta(hours=1)
+"""So long a pool that is paid waits for a node before the money goes back."""
+FOREVER = datetime.datetime.max.replace(tzinfo=datetime.UTC)
 HONOURED = datetime.timedelta(hours=72)
 """So long after its paid period a node goes on with a pledge, should the control plane be away."""
 RETRIES = [datetime.timedelta(days=days) for days in (1, 3, 5)]
@@ -75,6 +78,7 @@ class ModelCharge:
     """With which it was first tried; it is repeated with no other."""
     book: str | None = None
     """What the gateway has in its book: paid, declined or void."""
+    settled_at: datetime.datetime = FOREVER
 
 
 @dataclass
@@ -200,6 +204,8 @@ class Model:
             (409, "pledge_exists"): found is not None,
             (402, "payment_method_required"): account not in self.cards,
             (422, "block_not_offered"): not set(blocks) <= set(offer),
+            (503, "pool_unavailable"): self.pools[pool].state == "active"
+            and not self.has_node(pool, ready=True),
             (409, "sold_out"): any(self.free(pool, block) < quantity for block in set(blocks) & set(offer)),
         }
         return next((refused for refused, holds in reasons.items() if holds), None)
@@ -264,9 +270,7 @@ class Model:
         for index, pool in enumerate(self.pools):
             self.begin_activation(index, pool)
         for index, pool in enumerate(self.pools):
-            if pool.state == "active" or (
-                pool.state == "activating" and (self.has_begun(index) or self.has_node(index, ready=True))
-            ):
+            if pool.state in ("active", "activating") and self.has_node(index, ready=True):
                 for pledge in self.uncharged(index):
                     pledge.charges.append(ModelCharge("month", pledge.cents, self.now, pool.attempt))
         for pledge in self.pledges:
@@ -297,14 +301,18 @@ class Model:
         return [each for each in self.of_pool(index, "pledged") if not each.month_in(attempt)]
 
     def decide(self, index: int, pool: ModelPool) -> None:
-        paid = []
+        paid: list[tuple[ModelPledge, ModelCharge]] = []
         for pledge in self.of_pool(index, "pledged"):
             [month] = pledge.month_in(pool.attempt)
             if month.state == "paid":
                 paid.append((pledge, month))
             else:
                 self.cancel(pledge)
-        if sum(pledge.seats for pledge, _ in paid) >= pool.min_seats:
+        enough = sum(pledge.seats for pledge, _ in paid) >= pool.min_seats
+        ready = self.has_node(index, ready=True)
+        if enough and not ready and self.now - min(month.settled_at for _, month in paid) < PATIENCE:
+            return
+        if enough and ready:
             pool.move("active")
             for pledge, _ in paid:
                 self.activate(pledge)
@@ -363,7 +371,7 @@ class Model:
         if charge.book is None:
             charge.book = "paid" if charge.card == GOOD_CARD else "declined"
         self.line.answer(about)
-        charge.state = charge.book
+        charge.state, charge.settled_at = charge.book, self.now
         if charge.purpose == "fee":
             self.follow_fee(pledge, charge.book == "paid")
         elif charge.purpose == "month":

@@ -30,6 +30,7 @@ state: dict[str, Any] = {
     "output_tokens": 0,
     "tokens_per_look": 0,
     "in_flight": 0,
+    "capacity": None,
 }
 """`silent`: the stats port answers no more; `deaf`: SIGTERM has no effect; `last_tokens` are of the drain."""
 
@@ -92,6 +93,7 @@ def report() -> dict[str, Any]:
         "at": datetime.datetime.now(datetime.UTC).isoformat(),
         "entitlements_revision": json.loads(options.entitlements.read_text())["revision"],
         "seats": [seat],
+        "capacity": state["capacity"],
     }
 
 

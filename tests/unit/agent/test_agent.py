@@ -11,8 +11,10 @@ from dataclasses import replace
 import pytest
 
 from agent.agent import FAILED, REPLACED, Ending
+from contract.capacity import NodeCapacity
 from contract.entitlements import parse_entitlements
 from contract.nodes import GpuFigures, ServingState
+from tests.contract.documents import measured
 from tests.unit.agent.conftest import Node, alive, until
 from tests.unit.agent.control_plane_stand_in import ControlPlane, orders
 
@@ -108,6 +110,40 @@ async def test_heartbeat_tells_the_nodes_state(node: Node, control_plane: Contro
     states = [beat.serving for beat in control_plane.heartbeats]
     assert states[0] is ServingState.STOPPED
     assert ServingState.STARTING in states
+
+
+async def test_heartbeat_tells_what_was_measured_before_until_serving_has_measured_itself(
+    node: Node, control_plane: ControlPlane
+) -> None:
+    before = NodeCapacity.model_validate(measured(model_id="acme/small", slots=8))
+    control_plane.order(orders())
+
+    def slots() -> int | None:
+        newest = control_plane.newest
+        return None if newest is None or newest.capacity is None else newest.capacity.slots
+
+    async with node.agent(replace(node.options, capacity=before)):
+        pid = await node.until_ready()
+        await until(lambda: slots() == 8)
+        # Loaded from a folder, and the pool's model all the same.
+        await node.tell(capacity=measured(model_id="/models/small", slots=4))
+        await until(lambda: slots() == 4)
+        assert control_plane.newest is not None
+        assert control_plane.newest.capacity is not None
+        assert control_plane.newest.capacity.model_id == "acme/small"
+        # Another process may do less: what the last one measured is not told of it.
+        await node.tell(exit=1)
+        await node.until_ready(other_than=pid)
+        await until(lambda: slots() == 8)
+
+
+async def test_node_that_has_measured_nothing_tells_nothing(node: Node, control_plane: ControlPlane) -> None:
+    control_plane.order(orders())
+    async with node.agent():
+        await node.until_ready()
+        heard = len(control_plane.heartbeats)
+        await until(lambda: len(control_plane.heartbeats) > heard + 1)
+        assert all(beat.capacity is None for beat in control_plane.heartbeats)
 
 
 async def test_change_of_state_is_told_at_once(node: Node, control_plane: ControlPlane) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ import pytest
 
 from agent.main import parse
 from contract.keys import KeyKind, new_key
+from tests.contract.documents import measured
 from tests.unit.agent.conftest import Node, alive, until
 from tests.unit.agent.control_plane_stand_in import ControlPlane, orders
 
@@ -140,3 +142,19 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "usage: boosts node" in text
     assert "--join-token join_" in text
+
+
+def test_a_measured_capacity_is_read_from_its_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "capacity.json"
+    asked = ["--control-plane", "http://cp", "--capacity", str(file)]
+    file.write_text(json.dumps(measured()))
+    capacity = parse(asked).capacity
+    assert capacity is not None
+    assert capacity.slots == 256
+    file.write_text(json.dumps(measured(slots=0)))
+    for path, told in ((file, "capacity: slots"), (tmp_path / "none", "No such file")):
+        with pytest.raises(SystemExit):
+            parse([*asked[:-1], str(path)])
+        assert told in capsys.readouterr().err

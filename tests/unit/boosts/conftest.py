@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 from boosts.cli import app
 from boosts.client import Client
 from serving.family import stop_with_parent
+from tests.contract.documents import capacity, measured
 
 POOL = {
     "modelId": "tiny",
@@ -34,6 +35,7 @@ POOL = {
     "guaranteeTokS": 20,
     "rpmLimit": 60,
     "tpmLimit": 1000,
+    "declaredCapacity": capacity(model_id="tiny"),
 }
 _CLEARED = ("BOOSTS_MANAGEMENT_KEY", "BOOSTS_CONTROL_PLANE_URL", "BOOSTS_DEMO_POOL", "BOOSTS_DATABASE_URL")
 
@@ -78,6 +80,7 @@ class RunningControlPlane:
             "clock_offset_ms": None,
             "gpus": [],
             "problem": None,
+            "capacity": measured(model_id="tiny"),
         }
         self._internal("heartbeat", heartbeat, headers)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from typer.testing import Result
 
 from boosts.client import Client
+from tests.contract.documents import capacity
 from tests.unit.boosts.conftest import POOL, RunningControlPlane, bad, boosts, good
 
 pytestmark = pytest.mark.slow
@@ -44,11 +46,13 @@ def test_a_pool_goes_from_a_file_to_open(run: Run, tmp_path: Path) -> None:
     good(run("admin", "pools", "edit", slug, "-", stdin='{"minSeats": 5}'))
     assert good(run("admin", "pools", "open", slug)).startswith(f"pool {slug} is funding (")
     [line] = [line for line in good(run("admin", "pools", "list")).splitlines() if slug in line]
-    assert line.split(maxsplit=5)[1:] == [
+    assert line.split(maxsplit=7)[1:] == [
         "tiny",
         "funding",
         "0",
         "5",
+        "20",
+        "-",
         "night 3 at 27.00, americas 2 at 39.99",
     ]
     assert "(wrong_pool_status)" in bad(run("admin", "pools", "edit", slug, str(file)))
@@ -75,6 +79,48 @@ def test_nodes_join_with_a_token_and_are_listed(control_plane: RunningControlPla
     assert good(run("admin", "nodes", "drain", node)).startswith(f"draining {node}")
     assert json.loads(good(run("admin", "nodes", "undrain", node, "--json")))["state"] == "ready"
     assert "(node_not_found)" in bad(run("admin", "nodes", "drain", "nobody"))
+
+
+def test_a_pool_whose_capacity_is_not_declared_or_not_enough_is_told_what_to_do(run: Run) -> None:
+    slug = f"pool-{uuid.uuid4()}"
+    terms = json.dumps({**POOL, "slug": slug, "declaredCapacity": None})
+    good(run("admin", "pools", "create", "-", stdin=terms))
+    said = bad(run("admin", "pools", "open", slug))
+    assert "`boosts capacity`" in said
+    assert f"(capacity_undeclared); a draft takes it with `boosts admin pools edit {slug} -`" in said
+    small = {"declaredCapacity": capacity(model_id="tiny", slots=2)}
+    good(run("admin", "pools", "edit", slug, "-", stdin=json.dumps(small)))
+    shown = good(run("admin", "pools", "show", slug))
+    assert "3 seats at once on one node: too many (slots); it honours 2 at most" in shown
+    assert "3 of 2 slots" in bad(run("admin", "pools", "open", slug))
+
+
+def test_show_tells_what_a_pool_waits_for_and_what_its_nodes_honour(
+    control_plane: RunningControlPlane, run: Run
+) -> None:
+    slug = control_plane.new_pool(minSeats=1)
+    said = good(run("admin", "pools", "show", slug))
+    assert "guarantee   20 tok/s for each seat" in said
+    assert said.endswith("no nodes yet\n")
+    with Client(control_plane.url, control_plane.new_customer()) as customer:
+        customer.set_payment_method("pm_card_visa")
+        customer.subscribe(slug, ["night"], 1)
+    wait_until(lambda: "waits: No node of this pool is ready." in good(run("admin", "pools", "show", slug)))
+    assert "(no_ready_node)" in good(run("admin", "pools", "list"))
+    control_plane.new_node(slug)
+    wait_until(lambda: "active" in good(run("admin", "pools", "show", slug)))
+    [line] = [line for line in good(run("admin", "nodes", "list")).splitlines() if slug in line]
+    assert line.split()[5:-1] == ["0", "1", "1", "256", "20", "-"]
+    both = json.loads(good(run("admin", "pools", "show", slug, "--json")))
+    assert [node["mostSeats"] for node in both["nodesNow"]] == [256]
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """The lifecycle has its own pace."""
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_throughput_of_a_quiet_pool_is_empty(control_plane: RunningControlPlane, run: Run) -> None:

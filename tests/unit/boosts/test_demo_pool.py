@@ -22,6 +22,8 @@ from boosts.demo_pool import (
 )
 from boosts.settings import Ports, StackError, StackSettings
 from contract.blocks import Block
+from contract.capacity import feasibility
+from tests.contract.documents import capacity
 from tests.unit.boosts.conftest import POOL, RunningControlPlane
 
 pytestmark = pytest.mark.slow
@@ -94,6 +96,30 @@ def test_a_model_of_ones_own_has_a_pool_of_its_own(model: str, slug: str) -> Non
     assert own.terms.slug == slug
     assert own.terms.model_id == model
     assert own.node_home == Path(f"/data/node-{slug}")
+
+
+def test_the_declared_capacity_honours_the_demo_pool() -> None:
+    terms = demo_terms(None, {})
+    assert terms.guarantee_tok_s == 20
+    assert terms.declared_capacity is not None
+    judged = feasibility(
+        terms.declared_capacity,
+        seats=max(offer.seats for offer in terms.blocks.values()),
+        guarantee_tok_s=terms.guarantee_tok_s,
+        tpm_limit=terms.tpm_limit,
+        prefill_tok_s=terms.prefill_tok_s,
+    )
+    assert judged.fits
+
+
+def test_of_a_model_of_ones_own_nothing_is_guaranteed_until_its_capacity_is_declared() -> None:
+    unknown = demo_terms("acme/large", {})
+    assert (unknown.guarantee_tok_s, unknown.declared_capacity) == (0, None)
+    declared = demo_terms(
+        "acme/large", {"declaredCapacity": capacity(model_id="acme/large"), "guaranteeTokS": 30}
+    )
+    assert declared.guarantee_tok_s == 30
+    assert declared.declared_capacity is not None
 
 
 def test_ports_must_be_ports_and_differ() -> None:

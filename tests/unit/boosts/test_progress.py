@@ -47,6 +47,11 @@ def test_the_way_to_a_live_pool_can_be_pasted(pledged: int, wanted: int, seats: 
         "blocks": {"europe": {"seats": seats, "monthlyPrice": "27.00"}},
         "minSeats": wanted,
         "guaranteeTokS": 20,
+        "nodes": 1,
+        "feasibility": None,
+        "activationProblem": None,
+        "alarms": [],
+        "attainment60s": None,
         "pledgedSlots": pledged,
     }
     said = funding_message(pool, Path("/a home"))

@@ -41,6 +41,7 @@ from control_plane.pools.models import PoolTerms
 from control_plane.pools.tables import Pool
 from control_plane.tables import metadata
 from control_plane.vault import Vault
+from tests.contract.documents import capacity, measured
 from tests.unit.control_plane.conftest import TEMPLATE, ManualClock
 
 GOOD_CARD = "pm_card_visa"
@@ -261,9 +262,11 @@ class Market:
         assert await first.status(pool_id) == "active"
         return pool_id
 
-    async def node(self, pool_id: str, *, ready: bool = True) -> str:
-        """The id of a node that has joined, and is ready if asked for."""
+    async def node(self, pool_id: str, *, ready: bool = True, **told: Any) -> str:
+        """The id of a node that has joined, and is ready if asked for. `told` changes what it can do;
+        `capacity=None` is a node that has not measured it."""
         node_id = new_id()
+        can = told["capacity"] if "capacity" in told else measured(**told)
         async with self.database.write() as session:
             session.add(
                 Node(
@@ -275,6 +278,7 @@ class Market:
                     boot_id="boot",
                     base_url=f"http://{node_id}:8001",
                     created_at=self.clock(),
+                    capacity=can,
                 )
             )
         if ready:
@@ -289,6 +293,13 @@ class Market:
             )
             said = {"heard_at": self.clock(), "serving": serving, "model_id": model_id}
             await session.execute(update(Node).where(Node.id == node_id).values(**said))
+
+    async def hear_all(self) -> None:
+        """Every node's heartbeat."""
+        async with self.database.read() as session:
+            node_ids = list(await session.scalars(select(Node.id)))
+        for node_id in node_ids:
+            await self.hear(node_id)
 
     # --- time --------------------------------------------------------------------------------------
 
@@ -351,6 +362,7 @@ def terms(*, blocks: Mapping[str, tuple[int, object]] | None = None, **changes: 
         "rpmLimit": 60,
         "tpmLimit": 100_000,
         "engineArgs": ["--max-num-seqs", "64"],
+        "declaredCapacity": capacity(),
     }
     for name, value in changes.items():
         head, *rest = name.split("_")

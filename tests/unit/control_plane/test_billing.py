@@ -158,6 +158,7 @@ async def test_a_canceled_subscription_works_until_its_paid_month_is_over(market
     assert (await customer.portal()).data == {"poolPledges": []}
     assert (await customer.resume(pledge_id)).refusal == (404, "pledge_not_found")
     assert before.count(2_700) == 2
+    await market.hear_all()
     assert (await customer.subscribe(pool_id, quantity=9)).status == 200
 
 

@@ -341,6 +341,7 @@ async def test_every_turn_of_a_subscription_raises_the_revision(market: Market) 
     revisions = [await market.revision(pool_id)]
     customer = await market.customer()
     market.clock.advance(3600)
+    await market.hear_all()
     pledge_id = (await customer.subscribe(pool_id)).data["id"]
     start = market.clock()
 
@@ -381,9 +382,16 @@ async def test_a_pledge_that_was_paid_without_a_node_gets_one_later(market: Mark
     node_id = await market.node(pool_id)
     [first] = await pledgers(market, pool_id, 1)
     await market.settle()
-    _ = (await market.operate("POST", f"/nodes/{node_id}/drain")).data
     second = await market.customer()
+    charge = market.gateway.charge
+
+    async def drain_then_charge(*arguments: Any) -> Any:
+        _ = (await market.operate("POST", f"/nodes/{node_id}/drain")).data
+        return await charge(*arguments)
+
+    market.gateway.charge = drain_then_charge  # type: ignore[method-assign,assignment]
     assert (await second.subscribe(pool_id)).data["key"]["baseUrl"] is None
+    market.gateway.charge = charge  # type: ignore[method-assign]
     before = await market.revision(pool_id)
     other = await market.node(pool_id)
     await market.settle()

@@ -8,13 +8,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection, inspect, text
+from sqlalchemy import Connection, inspect, select, text
 
 from control_plane.database import Database, DatabaseError, async_url
-from control_plane.migrations import upgrade
+from control_plane.migrations import config, upgrade
+from control_plane.nodes.tables import Node
+from control_plane.pledges.tables import Pledge
+from control_plane.pools.tables import Pool
 from control_plane.tables import metadata
+from control_plane.throughput.tables import SeatCounters, ThroughputMinute
 
 pytestmark = pytest.mark.slow
 
@@ -79,6 +84,50 @@ async def test_upgrading_again_changes_nothing(database: Database) -> None:
     assert (await names(database), await store_ids(database)) == before
     assert len(before[1]) == 1
     assert await differences(database) == []
+
+
+_BEFORE_CAPACITY = """
+INSERT INTO pools (id, slug, model_id, model_name, description, infra_spec, state, min_seats,
+    guarantee_tok_s, prefill_tok_s, rpm_limit, tpm_limit, engine_flags, revision, activation, created_at)
+    VALUES ('pool', 'a', 'm', 'M', '', '', 'active', 1, 20, 1000, 60, 1000, '[]', 7, 1,
+    '2026-01-01 00:00:00');
+INSERT INTO accounts (id, name, email, role, created_at)
+    VALUES ('account', 'A', 'a@example.com', 'customer', '2026-01-01 00:00:00');
+INSERT INTO nodes (id, pool_id, name, token_sha256, draining, retired, epoch, created_at, serving, revision,
+    restarts, spooled_reports, gpus)
+    VALUES ('node', 'pool', 'gpu', 'hash', FALSE, FALSE, 3, '2026-01-01 00:00:00', 'ready', 7, 0, 0, '[]');
+INSERT INTO pledges (id, account_id, pool_id, node_id, state, blocks, quantity, price_cents, created_at,
+    periods, cancel_at_period_end, failed_renewals, retry_now)
+    VALUES ('pledge', 'account', 'pool', 'node', 'active', '["night"]', 1, 2700, '2026-01-01 00:00:00',
+    1, FALSE, 0, FALSE);
+INSERT INTO seat_counters VALUES ('node', 'boot', 'pledge', 1, 2, 3, 4.5, 0.5);
+INSERT INTO throughput_minutes VALUES ('pledge', '2026-01-01 00:00:00', 1, 2, 3, 4.5, 0.5)
+"""
+"""What a live pool has written by revision 0001."""
+
+
+async def test_a_live_database_of_the_first_revision_keeps_what_is_in_it(empty_url: str) -> None:
+    database = Database(empty_url)
+    try:
+        async with database.engine.begin() as connection:
+            await connection.run_sync(lambda sync: command.upgrade(config(sync), "0001"))
+            for statement in _BEFORE_CAPACITY.split(";"):
+                await connection.execute(text(statement))
+        await upgrade(database)
+        assert await differences(database) == []
+        async with database.read() as session:
+            pool = await session.get_one(Pool, "pool")
+            assert (pool.revision, pool.nodes, pool.context_tokens) == (7, 1, 2_048)
+            assert (pool.capacity_margin, pool.declared_capacity) == (0.1, None)
+            node = await session.get_one(Node, "node")
+            assert (node.epoch, node.capacity, node.capacity_at) == (3, None, None)
+            assert (await session.get_one(Pledge, "pledge")).node_id == "node"
+            [counters] = await session.scalars(select(SeatCounters))
+            assert (counters.owed_tokens, counters.borrowed_tokens, counters.held_s) == (4.5, 0, 0)
+            [minute] = await session.scalars(select(ThroughputMinute))
+            assert (minute.output_tokens, minute.borrowed_tokens, minute.attainment_60s) == (3, 0, None)
+    finally:
+        await database.close()
 
 
 async def test_processes_that_start_together_upgrade_once(empty_url: str) -> None:

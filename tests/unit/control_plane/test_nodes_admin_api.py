@@ -122,6 +122,12 @@ async def test_the_list_shows_what_a_node_is_and_how_it_lags(stage: Stage, clock
         "problem": None,
         "pledges": 2,
         "seats": 5,
+        "guaranteeTokS": 10.0,
+        "capacity": None,
+        "capacityAt": None,
+        "mostSeats": None,
+        "busiestBlockSeats": 3,
+        "attainment60s": None,
     }
 
 

@@ -19,6 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 from sqlalchemy import func, select, update
 
+from contract.capacity import NodeCapacity
 from contract.keys import KeyKind, key_sha256, new_key
 from contract.nodes import (
     Acknowledged,
@@ -37,6 +38,7 @@ from control_plane.nodes import routes, service
 from control_plane.nodes.tables import JoinToken, Node
 from control_plane.pools import service as pools
 from control_plane.pools.tables import Pool
+from tests.contract.documents import measured
 from tests.unit.control_plane.conftest import (
     NOON,
     ManualClock,
@@ -283,6 +285,20 @@ async def test_a_heartbeat_is_stored_under_the_control_planes_clock(stage: Stage
     assert (node.model_id, node.revision, node.restarts) == ("org/model", 4, 2)
     assert (node.spooled_reports, node.clock_offset_ms, node.problem) == (7, -1.5, "out of memory")
     assert node.gpus == [gpu]
+    assert node.capacity is None
+
+
+async def test_the_last_capacity_told_is_kept(stage: Stage, clock: ManualClock) -> None:
+    async with stage.agent() as agent:
+        for told in (measured(), measured(slots=8), None):
+            clock.advance(10)
+            assert (await agent.post("/internal/heartbeat", json=beat(capacity=told))).status_code == 200
+        bad = await agent.post("/internal/heartbeat", json=beat(capacity=measured(slots=0)))
+    refused(bad, 422, "invalid_request")
+    node = await stage.stored()
+    assert node.capacity is not None
+    assert NodeCapacity.model_validate(node.capacity) == NodeCapacity.model_validate(measured(slots=8))
+    assert node.capacity_at == clock.now - datetime.timedelta(seconds=10)
 
 
 # --- orders --------------------------------------------------------------------------------------

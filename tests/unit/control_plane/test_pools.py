@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from control_plane.pools.models import PoolTerms
+from tests.contract.documents import capacity
 from tests.unit.control_plane.market import (
     Market,
     at_once,
@@ -152,6 +153,28 @@ async def test_an_operator_sees_what_was_offered(market: Market) -> None:
         "rpmLimit": 60,
         "tpmLimit": 100_000,
         "engineArgs": ["--max-num-seqs", "64"],
+        "nodes": 1,
+        "declaredCapacity": {
+            **capacity(),
+            **{"experts_s": 0.0, "active_share": 0.0, "error": None, "measured_at": None},
+        },
+        "contextTokens": 2048,
+        "capacityMargin": 0.1,
+        "feasibility": {
+            "seats": 2,
+            "fits": True,
+            "fails": [],
+            "mostSeats": 184,
+            "slots": 256,
+            "stepNeededMs": 5.141,
+            "stepAllowedMs": 18.0,
+            "prefillTokensPerStep": 40.0,
+            "kvTokensNeeded": 4096,
+            "kvTokens": 4_000_000,
+        },
+        "activationProblem": None,
+        "alarms": [],
+        "attainment60s": None,
         "pledgedSlots": 0,
         "revision": 1,
     }
@@ -223,7 +246,8 @@ async def test_a_draft_is_edited_field_by_field(market: Market) -> None:
     edited = (await market.operate("PATCH", f"/pools/{draft}", changes)).data
     blocks = {"europe": {"seats": 4, "monthlyPrice": "5.00"}}
     changed = {"slug": "after", "blocks": blocks, "minSeats": 4, "revision": edited["revision"]}
-    assert edited == {**before, **changed}
+    assert edited["feasibility"]["seats"] == 4
+    assert {**edited, "feasibility": None} == {**before, **changed, "feasibility": None}
     assert edited["revision"] > before["revision"]
     assert (await market.operate("GET", "/pools/before")).refusal == (404, "pool_not_found")
     assert (await market.operate("PATCH", "/pools/after", {})).data["blocks"] == blocks

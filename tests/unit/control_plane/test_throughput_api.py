@@ -29,6 +29,14 @@ from tests.unit.control_plane.conftest import (
 )
 
 MINUTE = datetime.timedelta(minutes=1)
+NOTHING_MORE: dict[str, Any] = {
+    "borrowedTokens": 0.0,
+    "heldS": 0.0,
+    "attainment1s": None,
+    "attainment10s": None,
+    "attainment60s": None,
+}
+"""Of the ledger: nothing borrowed or held, and no window in which anything was owed."""
 
 
 @dataclass
@@ -43,7 +51,12 @@ class Stage:
     pledge: Pledge
 
     async def add(
-        self, minute: datetime.datetime, owed: float, delivered: int, pledge: Pledge | None = None
+        self,
+        minute: datetime.datetime,
+        owed: float,
+        delivered: int,
+        pledge: Pledge | None = None,
+        **ledger: float,
     ) -> None:
         async with self.database.write() as session:
             session.add(
@@ -55,6 +68,7 @@ class Stage:
                     output_tokens=delivered,
                     owed_tokens=owed,
                     shortfall_tokens=max(0.0, owed - delivered),
+                    **ledger,
                 )
             )
 
@@ -90,7 +104,7 @@ async def test_a_customer_sees_owed_delivered_and_attainment_by_minute(stage: St
     await stage.add(NOON - MINUTE, 100.0, 250)
     await stage.add(NOON - 2 * MINUTE, 100.1234567, 50)
     found = await stage.mine()
-    counts = {"inputTokens": 5, "requests": 1}
+    counts = {"inputTokens": 5, "requests": 1, **NOTHING_MORE}
     assert found == {
         "poolId": stage.pool.id,
         "pledgeId": stage.pledge.id,
@@ -125,6 +139,7 @@ async def test_a_customer_sees_owed_delivered_and_attainment_by_minute(stage: St
             "attainment": pytest.approx(150 / 200.1234567),
             "inputTokens": 15,
             "requests": 3,
+            **NOTHING_MORE,
         },
     }
 
@@ -138,7 +153,23 @@ async def test_a_quiet_pledge_has_no_minutes_and_no_attainment(stage: Stage) -> 
         "attainment": None,
         "inputTokens": 0,
         "requests": 0,
+        **NOTHING_MORE,
     }
+
+
+async def test_a_customer_sees_what_was_borrowed_and_held_and_the_worst_windows(stage: Stage) -> None:
+    await stage.add(NOON - MINUTE, 60.0, 100, borrowed_tokens=40.0, held_s=1.5, attainment_1s=0.5)
+    await stage.add(NOON, 60.0, 59, held_s=0.25, attainment_1s=0.9, attainment_10s=1.0, attainment_60s=0.98)
+    found = await stage.mine()
+    names = ("borrowedTokens", "heldS", "attainment1s", "attainment10s", "attainment60s")
+    assert [[minute[name] for name in names] for minute in found["minutes"]] == [
+        [40.0, 1.5, 0.5, None, None],
+        [0.0, 0.25, 0.9, 1.0, 0.98],
+    ]
+    assert [found["totals"][name] for name in names] == [40.0, 1.75, 0.5, 1.0, 0.98]
+    operators = (await stage.operators()).json()["data"]
+    assert [operators["totals"][name] for name in names] == [40.0, 1.75, 0.5, 1.0, 0.98]
+    assert [operators["pledges"][0][name] for name in names] == [40.0, 1.75, 0.5, 1.0, 0.98]
 
 
 async def test_the_window_is_so_many_minutes_with_the_running_one(stage: Stage, clock: ManualClock) -> None:
@@ -215,6 +246,7 @@ async def test_an_operator_sees_the_pool_by_minute_and_each_pledge(stage: Stage)
         "attainment": 0.5,
         "inputTokens": 20,
         "requests": 4,
+        **NOTHING_MORE,
     }
     assert [pledge["pledgeId"] for pledge in found["pledges"]] == [
         stage.pledge.id,
@@ -235,6 +267,7 @@ async def test_an_operator_sees_the_pool_by_minute_and_each_pledge(stage: Stage)
         "shortfallTokens": 50.0,
         "inputTokens": 10,
         "requests": 2,
+        **NOTHING_MORE,
     }
     assert [pledge["attainment"] for pledge in found["pledges"]] == [0.75, 0.0, None, None]
 

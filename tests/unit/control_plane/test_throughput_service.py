@@ -19,7 +19,7 @@ from control_plane.nodes.tables import Node
 from control_plane.pledges.tables import Pledge
 from control_plane.pools.tables import Pool
 from control_plane.throughput import service
-from control_plane.throughput.service import Amounts
+from control_plane.throughput.service import Amounts, Attainments
 from control_plane.throughput.tables import NodeBoot, SeatCounters, ThroughputMinute
 from tests.unit.control_plane.conftest import NOON, add_node, add_pledge, add_pool
 
@@ -107,6 +107,40 @@ async def test_counters_become_increases_by_minute(stage: Stage) -> None:
         NOON: Amounts(6 + 12, 120 + 240, 60 + 120, 180.0, 18.0),
         NOON + MINUTE: Amounts(12, 240, 120, 120.0, 12.0),
     }
+
+
+async def test_borrowed_tokens_and_held_seconds_are_summed_by_minute_like_the_rest(stage: Stage) -> None:
+    def more(output: int, borrowed: float, held_s: float) -> SeatThroughput:
+        return seat(stage.pledge.id, output, borrowed_tokens=borrowed, held_s=held_s)
+
+    await stage.send(report(1, more(100, 10.0, 2.0)))
+    await stage.send(report(2, more(200, 40.0, 6.0), at=NOON + 2 * MINUTE), now=NOON + 2 * MINUTE)
+    minutes = await stage.minutes()
+    assert {minute: (part.borrowed_tokens, part.held_s) for minute, part in minutes.items()} == {
+        NOON - MINUTE: (10.0, 2.0),
+        NOON: (15.0, 2.0),
+        NOON + MINUTE: (15.0, 2.0),
+    }
+
+
+async def test_a_minute_keeps_the_lowest_attainment_of_each_window(stage: Stage) -> None:
+    def owed(at_s: int, sequence: int, *shares: float | None) -> ThroughputReport:
+        windows = dict(zip(("attainment_1s", "attainment_10s", "attainment_60s"), shares, strict=True))
+        return report(sequence, seat(stage.pledge.id, 100, **windows), at=NOON + at_s * SECOND)
+
+    # In one batch and over several; where nothing is owed, nothing is lowered.
+    await stage.send(owed(10, 1, 0.5, None, 1.0), owed(20, 2, 0.9, 0.75, None))
+    await stage.send(owed(30, 3, None, 0.8, 0.97))
+    await stage.send(owed(40, 4, 0.6, None, None))
+    await stage.send(owed(60, 5, 1.0, None, None))
+    async with stage.database.read() as session:
+        minutes = await service.by_minute_of_pledge(session, stage.pledge.id, NOON)
+        pool = await service.by_pledge(session, stage.pool.id, NOON)
+    assert {minute: sums.windows for minute, sums in minutes.items()} == {
+        NOON: Attainments(0.5, 0.75, 0.97),
+        NOON + MINUTE: Attainments(1.0, None, None),
+    }
+    assert pool[stage.pledge.id].windows == Attainments(0.5, 0.75, 0.97)
 
 
 async def test_a_report_that_was_stored_or_overtaken_changes_nothing(stage: Stage) -> None:
