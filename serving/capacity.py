@@ -37,7 +37,8 @@ class CapacityFile:
         self._model_id = model_id
 
     def read(self) -> NodeCapacity | None:
-        """None if there is none, or if it is another model's; a broken one is told of and passed over."""
+        """None if there is none, or if it is another model's or says that steps take no time; a broken one is
+        told of and passed over."""
         try:
             capacity = parse_capacity(self._path.read_bytes())
         except FileNotFoundError:
@@ -45,7 +46,8 @@ class CapacityFile:
         except (ContractError, OSError) as error:
             log.warning("%s is of no use and will be written anew: %s", self._path, error)
             return None
-        return capacity if capacity.model_id == self._model_id else None
+        takes_time = capacity.step_time.seconds(1, 1, 1) > 0
+        return capacity if capacity.model_id == self._model_id and takes_time else None
 
     def write(self, capacity: NodeCapacity) -> None:
         """Replace it whole. Raises OSError."""

@@ -131,6 +131,7 @@ class SeatScheduler(AsyncScheduler):
         owed = [each for each in self.waiting if streams[each.request_id].owed]
         if not owed:
             return
+        owed.sort(key=lambda each: streams[each.request_id].due)
         ready = [each for each in owed if each.status in _READY]
         slots = len(ready) - (self.max_num_active_reqs - len(self.running))
         # With what the running ones take of it in the same step, before these come to their turn.

@@ -38,6 +38,7 @@ _HEAD = 2
 _READINGS = 64
 _ROW = 5
 _FIRST_ROW = _HEAD + _READINGS
+_BYTES = 8 * (_FIRST_ROW + _ROW * ROWS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,8 @@ class StepTable:
     """
 
     def __init__(self, memory: mmap.mmap) -> None:
+        if len(memory) != _BYTES:
+            raise ValueError(f"not a step table: {len(memory)} bytes and not {_BYTES}")
         self._cells = memoryview(memory).cast("d")
         if self._cells[0] != _MARK or self._cells[1] != ROWS:
             raise ValueError("not a step table of this version")
@@ -108,7 +111,7 @@ class StepTable:
         """A new table and its file, which may be unlinked once EngineCore has opened it. `seed` is the step
         time to begin with, and counts for `seed_samples` samples. Raises OSError."""
         with tempfile.NamedTemporaryFile(prefix="boosts-steps-", delete=False) as file:
-            file.truncate(8 * (_FIRST_ROW + _ROW * ROWS))
+            file.truncate(_BYTES)
             memory = mmap.mmap(file.fileno(), 0)
         cells = memoryview(memory).cast("d")
         cells[0], cells[1] = _MARK, float(ROWS)
