@@ -7,7 +7,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-dev run test test-fast check bench lock clean
+.PHONY: help install install-dev run test test-fast check bench bench-guarantee simulate soak lock clean
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 UV_VERSION := 0.13.9
@@ -51,6 +51,15 @@ check: install-dev ## Lint, format check, types, import rules, Dockerfile
 
 bench: install-dev ## Measure a quiet seat beside a noisy one, on our node and on plain vLLM
 	@exec $(BIN)/boosts bench noisy-neighbour $(ARGS)
+
+bench-guarantee: install-dev ## Measure every promise of the scheduler beside plain vLLM, about 45 minutes
+	@exec $(BIN)/boosts bench guarantee $(ARGS)
+
+simulate: install-dev ## Run the VTC paper's experiments in simulation, ours beside its policies, about 6 minutes
+	@exec $(BIN)/python -m benchmarks.simulator rows $(ARGS)
+
+soak: install-dev ## Run 100,000 adversarial simulations against the scheduler, about 2 hours on one core
+	@exec $(BIN)/python -m benchmarks.simulator soak $(ARGS)
 
 clean: ## Remove what make installed and all caches; var/ (models, keys, results) stays
 	rm -rf $(VENV) .venv-lock .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info build

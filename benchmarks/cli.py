@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from matplotlib.figure import Figure
 
-from benchmarks import fairness, noisy_neighbour, report
+from benchmarks import fairness, gpu, guarantee, noisy_neighbour, report
 from benchmarks.servers import ServerStartError
 
 _EXAMPLES = """\
@@ -28,11 +28,15 @@ examples:
       only the lone seat's throughput against plain vLLM, in 20 pairs
   boosts bench fairness --rounds 0 --lone-connections 64
       the same with as many streams as slots: shows the price of the reserve for idle seats
+  boosts bench guarantee
+      every promise of the scheduler against a real vLLM, row by row, about 45 minutes
+  boosts bench guarantee --only pace,isolation
+      only these rows; --quick shows in a few minutes that they work, and proves nothing
 
 `boosts bench` builds the demo model when no --model is given; `python -m benchmarks` needs one.
 
 Results go to --out: result.json with every row, the table, a picture, the servers' logs. Exit status:
-0 when every target is met, 1 when one is not, 2 when a server did not start, 130 after Ctrl-C.
+0 when every target is met, 1 when one is not, 2 when a server did not start or serve, 130 after Ctrl-C.
 """
 
 Ran = tuple[report.Result, Callable[[report.Result, Figure], None]]
@@ -40,6 +44,8 @@ Ran = tuple[report.Result, Callable[[report.Result, Figure], None]]
 
 def main(argv: list[str]) -> int:
     """Parse, run, report. Progress goes to stderr, the table to stdout."""
+    if argv[:1] == ["gpu"]:
+        return gpu.main(argv[1:])
     arguments = _parser().parse_args(argv)
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     home = Path(os.environ.get("BOOSTS_HOME", "var"))
@@ -49,7 +55,7 @@ def main(argv: list[str]) -> int:
     previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         result, plot = _SCENARIOS[arguments.scenario](arguments, folder)
-    except ServerStartError as failure:
+    except (ServerStartError, guarantee.NothingServedError) as failure:
         print(failure, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -97,9 +103,25 @@ def _fairness(arguments: argparse.Namespace, folder: Path) -> Ran:
     return fairness.run(config, _Clock().say), fairness.plot
 
 
+def _guarantee(arguments: argparse.Namespace, folder: Path) -> Ran:
+    config = guarantee.Config(
+        model=arguments.model,
+        folder=folder,
+        only=arguments.only,
+        pace_rounds=arguments.pace_rounds,
+        pairs=arguments.pairs,
+        max_num_seqs=arguments.max_num_seqs,
+        seed=arguments.seed,
+    )
+    if arguments.quick:
+        config = config.quick()
+    return guarantee.run(config, _Clock().say), guarantee.plot
+
+
 _SCENARIOS: dict[str, Callable[[argparse.Namespace, Path], Ran]] = {
     "noisy-neighbour": _noisy_neighbour,
     "fairness": _fairness,
+    "guarantee": _guarantee,
 }
 
 
@@ -125,21 +147,46 @@ def _parser() -> argparse.ArgumentParser:
     fair.add_argument("--pairs", type=int, help="lone-seat pairs, 0 for none (default %(default)s)")
     fair.add_argument("--lone-connections", type=int, help="the lone seat's streams (default %(default)s)")
     fair.set_defaults(**_defaults(fairness.Config))
+    promises = scenarios.add_parser(
+        "guarantee",
+        help="every promise of the scheduler, a row each: " + ", ".join(guarantee.ROWS),
+        epilog="rows:\n" + "\n".join(f"  {name:<10} {row.about}" for name, row in guarantee.ROWS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _common_options(promises, rounds=False)
+    promises.add_argument("--only", type=_rows, metavar="ROW,...", help="measure these rows alone")
+    promises.add_argument(
+        "--pace-rounds", type=int, help="of pace; 26 s each on the node (default %(default)s)"
+    )
+    promises.add_argument("--pairs", type=int, help="of total and lone (default %(default)s)")
+    promises.set_defaults(**_defaults(guarantee.Config))
+    scenarios.add_parser("gpu", help="the rows of guarantee that need a GPU to mean something, with Qwen3-8B")
     return parser
 
 
-def _defaults(config: type[noisy_neighbour.Config | fairness.Config]) -> dict[str, Any]:
+def _defaults(config: type[noisy_neighbour.Config | fairness.Config | guarantee.Config]) -> dict[str, Any]:
     """The scenario's own defaults, so that the command line cannot say otherwise."""
     return {field.name: field.default for field in fields(config) if field.default is not MISSING}
 
 
-def _common_options(parser: argparse.ArgumentParser) -> None:
+def _common_options(parser: argparse.ArgumentParser, *, rounds: bool = True) -> None:
     parser.add_argument("--model", required=True, help="model folder or Hugging Face id")
     parser.add_argument("--out", type=Path, help="results folder (default var/bench/<scenario>-<UTC time>)")
-    parser.add_argument("--rounds", type=int, help="rounds (default %(default)s)")
+    if rounds:
+        parser.add_argument("--rounds", type=int, help="rounds (default %(default)s)")
     parser.add_argument("--max-num-seqs", type=int, help="the engine's slots (default %(default)s)")
     parser.add_argument("--seed", type=int, help="of lengths, pauses, intervals (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="one short round, to see that it works")
+
+
+def _rows(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    unknown = [name for name in names if name not in guarantee.ROWS]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"no such row: {', '.join(unknown)}; have {', '.join(guarantee.ROWS)}"
+        )
+    return names
 
 
 def _positive(text: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ Samples = NDArray[np.float64]
 
 _RESAMPLES = 4000
 _FEWEST = 3
+_Z95 = 1.959964
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,34 @@ def percentile_ratio(over: Sequence[float], under: Sequence[float], share: float
         lambda drawn: np.quantile(drawn[0], share, axis=1) / np.quantile(drawn[1], share, axis=1),
         seed,
     )
+
+
+def percentile_estimate(samples: Sequence[float], share: float, seed: int) -> Estimate:
+    """The sample at `share` (0 to 1) of independent samples."""
+    return _bootstrap([samples], lambda drawn: np.quantile(drawn[0], share, axis=1), seed)
+
+
+def percentile_gap(over: Sequence[float], under: Sequence[float], share: float, seed: int) -> Estimate:
+    """By how much one system's percentile exceeds the other's, each side resampled by itself."""
+    return _bootstrap(
+        [over, under],
+        lambda drawn: np.quantile(drawn[0], share, axis=1) - np.quantile(drawn[1], share, axis=1),
+        seed,
+    )
+
+
+def share_estimate(hits: int, trials: int) -> Estimate:
+    """The share of independent trials that hit, with Wilson's score interval.
+
+    Wilson (1927). Unlike the bootstrap it does not shrink to nothing where every trial hit.
+    """
+    if trials == 0:
+        return Estimate(float("nan"), float("nan"), float("nan"), 0)
+    share, z2 = hits / trials, _Z95 * _Z95
+    middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = _Z95 / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
+    low, high = max(0.0, middle - half), min(1.0, middle + half)
+    return Estimate(share, low, high, trials)
 
 
 def _bootstrap(

@@ -12,6 +12,8 @@ Times are seconds since the phase began.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import json
 import random
 import re
@@ -53,6 +55,18 @@ class Lengths:
 
 
 @dataclass(frozen=True, slots=True)
+class Visits:
+    """A client that comes and goes: idle for `idle_s`, then busy for `busy_s`, again and again."""
+
+    idle_s: float
+    busy_s: float
+
+    def starts(self) -> Iterator[float]:
+        """When each visit begins, s since the phase began; endless."""
+        return (self.idle_s + number * (self.idle_s + self.busy_s) for number in itertools.count())
+
+
+@dataclass(frozen=True, slots=True)
 class ClosedLoop:
     """`connections` streams that each send the next request as soon as the last one ended."""
 
@@ -63,6 +77,11 @@ class ClosedLoop:
     output_tokens: Lengths
     seed: str
     max_requests: int = 100_000
+    """In each visit, if there are visits."""
+    visits: Visits | None = None
+    """When it is there; None for always. What runs when a visit ends is canceled."""
+    timeline: bool = False
+    """Whether its requests' records keep when each token came: for a few streams, not for a crowd."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +96,8 @@ class Paced:
     seed: str
     pacing: Literal["poisson", "fixed"] = "poisson"
     max_requests: int = 10_000
+    awaited: bool = True
+    """Whether the phase ends only when its open requests are answered."""
 
     def due_times(self) -> Iterator[float]:
         """Moments to send at, s since the phase began; `max_requests` of them."""
@@ -112,7 +133,9 @@ class RequestRecord:
     error: str | None = None
     retry_after_s: float | None = None
     cut: bool = False
-    """Still running when the phase ended, and canceled by the client."""
+    """Still running when the phase or the visit ended, and canceled by the client."""
+    timeline: list[tuple[float, int]] | None = None
+    """When tokens were read and how many there were by then, in order; None where it is not kept."""
 
     @property
     def ok(self) -> bool:
@@ -151,6 +174,14 @@ class Served:
 
 
 @dataclass(frozen=True, slots=True)
+class Sample:
+    """What every client had been served by a moment, since the phase began."""
+
+    at_s: float
+    served: dict[str, Served]
+
+
+@dataclass(frozen=True, slots=True)
 class Phase:
     """What happened from `start_s` to `end_s`, the measuring window, and around it."""
 
@@ -162,6 +193,8 @@ class Phase:
     """Of every request, warm-up included, in the order in which they ended."""
     max_lag_s: float = 0.0
     """Longest time for which the load generator itself did not get to run."""
+    samples: list[Sample] = field(default_factory=list)
+    """Of the whole phase, warm-up included, where they were asked for."""
 
     @property
     def window_s(self) -> float:
@@ -255,11 +288,13 @@ async def run_phase(
     window_s: float,
     drain_s: float = 30.0,
     max_records: int = 200_000,
+    sample_s: float | None = None,
 ) -> Phase:
     """Let all clients run for `warm_s + window_s` and measure the latter part.
 
-    After that the paced clients' open requests have `drain_s` to be answered, beside the closed loops
-    which go on; whatever is left then is canceled and marked `cut`. At most `max_records` are kept.
+    After that the awaited clients' open requests have `drain_s` to be answered, beside the others which
+    go on; whatever is left then is canceled and marked `cut`. At most `max_records` are kept. With
+    `sample_s` what was served is noted every so many seconds.
 
     Raises ValueError when two clients share a name.
     """
@@ -277,21 +312,24 @@ async def run_phase(
             if isinstance(client, ClosedLoop)
             for stream in range(client.connections)
         ]
-        paced = [
-            asyncio.create_task(run.paced_stream(client, warm_s + window_s))
+        paced = {
+            asyncio.create_task(run.paced_stream(client, warm_s + window_s)): client
             for client in clients
             if isinstance(client, Paced)
-        ]
-        watch = asyncio.create_task(run.watch_own_lag())
+        }
+        awaited = [task for task, client in paced.items() if client.awaited]
+        watches = [asyncio.create_task(run.watch_own_lag())]
+        if sample_s is not None:
+            watches.append(asyncio.create_task(run.take_samples(sample_s)))
         try:
             await asyncio.sleep(warm_s - run.now())
             start_s, before = run.now(), {name: meter.read() for name, meter in meters.items()}
             await asyncio.sleep(warm_s + window_s - run.now())
             end_s, after = run.now(), {name: meter.read() for name, meter in meters.items()}
-            if paced:
-                await asyncio.wait(paced, timeout=drain_s)
+            if awaited:
+                await asyncio.wait(awaited, timeout=drain_s)
         finally:
-            tasks = [watch, *closed, *paced]
+            tasks = [*watches, *closed, *paced]
             for task in tasks:
                 task.cancel()
             ended = await asyncio.gather(*tasks, return_exceptions=True)
@@ -300,7 +338,7 @@ async def run_phase(
         if isinstance(failure, Exception):
             raise failure
     served = {name: after[name] - before[name] for name in meters}
-    return Phase(start_s, end_s, served, run.records, run.max_lag_s)
+    return Phase(start_s, end_s, served, run.records, run.max_lag_s, run.samples)
 
 
 class _PhaseRun:
@@ -313,6 +351,7 @@ class _PhaseRun:
         self._max_records = max_records
         self.meters: dict[str, _Meter] = {}
         self.records: list[RequestRecord] = []
+        self.samples: list[Sample] = []
         self.max_lag_s = 0.0
 
     def now(self) -> float:
@@ -325,8 +364,24 @@ class _PhaseRun:
             await asyncio.sleep(tick_s)
             self.max_lag_s = max(self.max_lag_s, self.now() - asleep - tick_s)
 
+    async def take_samples(self, every_s: float) -> None:
+        while True:
+            served = {name: meter.read() for name, meter in self.meters.items()}
+            self.samples.append(Sample(self.now(), served))
+            await asyncio.sleep(every_s - self.now() % every_s)
+
     async def closed_stream(self, client: ClosedLoop, stream: int) -> None:
         rng = random.Random(f"{client.seed}/{client.name}/{stream}")
+        if client.visits is None:
+            await self._one_after_another(client, rng)
+            return
+        for start_s in client.visits.starts():
+            await asyncio.sleep(start_s - self.now())
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(client.visits.busy_s):
+                    await self._one_after_another(client, rng)
+
+    async def _one_after_another(self, client: ClosedLoop, rng: random.Random) -> None:
         for _ in range(max(1, client.max_requests // client.connections)):
             record = await self._request(client, rng, due_s=self.now())
             if not record.ok:
@@ -349,6 +404,8 @@ class _PhaseRun:
         body = completion_body(client.target.model, prompt, max_tokens)
         meter, tail = self.meters[client.name], StreamTail()
         record = RequestRecord(client.name, due_s, self.now(), len(prompt), max_tokens)
+        if isinstance(client, ClosedLoop) and client.timeline:
+            record.timeline = []
         meter.live.add(tail)
         try:
             await self._exchange(client.target, body, record, tail, meter)
@@ -398,6 +455,8 @@ class _PhaseRun:
             elif tail.has_token():
                 record.first_token_s = record.last_token_s = now
                 meter.input_tokens += record.input_tokens
+            if record.timeline is not None and record.first_token_s is not None:
+                record.timeline.append((now, tail.output_tokens()))
 
 
 def _seconds(header: str | None) -> float | None:

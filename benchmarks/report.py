@@ -9,11 +9,11 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PLAIN, SEATS = "plain vLLM", "with seats"
 COLORS = {PLAIN: "#9aa0a6", SEATS: "#1a73e8"}
@@ -72,17 +72,27 @@ class Result:
 
 def write(result: Result, folder: Path, plot: Callable[[Result, Figure], None]) -> list[Path]:
     """Write `result.json`, `table.txt` and `<scenario>.png` to the folder; returns their paths."""
-    data = folder / "result.json"
-    content = {**asdict(result), "environment": environment()}
-    data.write_text(json.dumps(content, indent=1, default=str))
-    table = folder / "table.txt"
-    table.write_text(f"{result}\n")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # First what took long to measure.
+    written = write_text(result, folder)
     picture = folder / f"{result.scenario}.png"
     figure = Figure(figsize=(13, 4.6), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)
     plot(result, figure)
     figure.savefig(picture)
-    return [data, table, picture]
+    return [*written, picture]
+
+
+def write_text(result: Result, folder: Path) -> list[Path]:
+    """Write `result.json` and `table.txt` alone, for machines without matplotlib; returns their paths."""
+    data = folder / "result.json"
+    content = {**asdict(result), "environment": environment()}
+    data.write_text(json.dumps(content, indent=1, default=str))
+    table = folder / "table.txt"
+    table.write_text(f"{result}\n")
+    return [data, table]
 
 
 def environment() -> dict[str, Any]:

@@ -33,13 +33,21 @@ class Seat:
 
 
 def write_entitlements(
-    seats: Sequence[Seat], path: Path, *, guarantee_tok_s: float, prefill_tok_s: float = 2000.0
+    seats: Sequence[Seat],
+    path: Path,
+    *,
+    guarantee_tok_s: float,
+    prefill_tok_s: float = 2000.0,
+    revision: int = 1,
 ) -> None:
-    """Write the snapshot with these seats, each guaranteed `guarantee_tok_s` times its quantity."""
+    """Write the snapshot with these seats, each guaranteed `guarantee_tok_s` times its quantity.
+
+    A running node takes it over when its `revision` is higher than that of the one in use.
+    """
     snapshot = Entitlements(
         version=1,
         store_id="benchmark",
-        revision=1,
+        revision=revision,
         pool=PoolTerms(
             slug="benchmark",
             status=PoolStatus.ACTIVE,
@@ -60,4 +68,7 @@ def write_entitlements(
             for seat in seats
         ),
     )
-    path.write_text(snapshot.to_json())
+    # Whole or not at all: a node may be reading it.
+    beside = path.with_suffix(".new")
+    beside.write_text(snapshot.to_json())
+    beside.replace(path)

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
+from contract.reports import ThroughputReport, parse_report
+
 SERVED_NAME = "demo"
 _STOP_S = 10.0
 _HOST = "127.0.0.1"
@@ -48,13 +50,14 @@ class Engine:
     max_num_seqs: int
     extra: tuple[str, ...] = ()
     """More vLLM flags, for example `("--max-model-len", "4096")`."""
+    eager: bool = True
+    """Whether to leave the model as it is, not compiled: the demo model is too small to be worth it."""
 
     def flags(self) -> list[str]:
-        # Without prefix caching every prompt costs what it says; the demo model is too small to be worth
-        # compiling.
+        # Without prefix caching every prompt costs what it says.
         return [
             f"--max-num-seqs={self.max_num_seqs}",
-            "--enforce-eager",
+            *(["--enforce-eager"] if self.eager else []),
             "--disable-uvicorn-access-log",
             "--no-enable-prefix-caching",
             *self.extra,
@@ -69,6 +72,10 @@ class Launch:
     command: tuple[str, ...]
     base_url: str
     ready_url: str
+    metrics_url: str = ""
+    """Of its Prometheus metrics."""
+    stats_url: str = ""
+    """Of a node's throughput report."""
 
 
 def plain_vllm(engine: Engine) -> Launch:
@@ -78,7 +85,7 @@ def plain_vllm(engine: Engine) -> Launch:
     command += [f"--model={engine.model}", f"--served-model-name={SERVED_NAME}"]
     command += [f"--host={_HOST}", f"--port={port}", *engine.flags()]
     url = f"http://{_HOST}:{port}"
-    return Launch("plain vLLM", tuple(command), url, f"{url}/health")
+    return Launch("plain vLLM", tuple(command), url, f"{url}/health", f"{url}/metrics")
 
 
 def seat_node(engine: Engine, entitlements: Path) -> Launch:
@@ -88,8 +95,14 @@ def seat_node(engine: Engine, entitlements: Path) -> Launch:
     command += [f"--model={engine.model}", f"--served-model-name={SERVED_NAME}"]
     command += [f"--entitlements={entitlements}", f"--port={port}", f"--stats-port={stats_port}"]
     command += ["--", *engine.flags()]
+    url, stats_url = f"http://{_HOST}:{port}", f"http://{_HOST}:{stats_port}"
     return Launch(
-        "with seats", tuple(command), f"http://{_HOST}:{port}", f"http://{_HOST}:{stats_port}/readyz"
+        "with seats",
+        tuple(command),
+        url,
+        f"{stats_url}/readyz",
+        f"{stats_url}/metrics",
+        f"{stats_url}/stats",
     )
 
 
@@ -150,6 +163,14 @@ class Server:
             time.sleep(0.25)
         progress(f"{self.launch.name}: ready")
 
+    def metrics(self) -> str:
+        """Its Prometheus metrics, as text."""
+        return _get(self.launch.metrics_url)
+
+    def report(self) -> ThroughputReport:
+        """A node's counters per seat."""
+        return parse_report(_get(self.launch.stats_url))
+
     def cpu_s(self) -> float:
         """Processor seconds that its processes have used so far."""
         used_s = 0.0
@@ -192,11 +213,21 @@ class Server:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
 
+def _get(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310 - our own http URL
+        return str(answer.read().decode())
+
+
 @contextlib.contextmanager
 def running(
-    launches: Sequence[Launch], logs: Path, progress: Progress, timeout_s: float = 300.0
+    launches: Sequence[Launch],
+    logs: Path,
+    progress: Progress,
+    timeout_s: float = 300.0,
+    *,
+    together: bool = True,
 ) -> Iterator[list[Server]]:
-    """Start all servers together, wait until each is ready, and stop every one at the end."""
+    """Start all servers, `together` or one after the other has loaded; stop every one at the end."""
     servers: list[Server] = []
     with contextlib.ExitStack() as stack:
         for launch in launches:
@@ -204,7 +235,9 @@ def running(
             stack.callback(server.stop)
             servers.append(server)
             progress(f"{launch.name}: starting, log in {server.log}")
-        for server in servers:
+            if not together:
+                server.wait_ready(timeout_s, progress)
+        for server in servers if together else ():
             server.wait_ready(timeout_s, progress)
         yield servers
         progress("stopping the servers")

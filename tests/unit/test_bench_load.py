@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from benchmarks.load import ClosedLoop, Lengths, Paced, Phase, StreamTail, Target, run_phase
+from benchmarks.load import ClosedLoop, Lengths, Paced, Phase, StreamTail, Target, Visits, run_phase
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -219,3 +220,62 @@ def test_a_cut_number_is_not_read() -> None:
     tail.feed(_event(12))
     tail.feed(b'data: {"usage":{"completion_tokens":1')
     assert tail.output_tokens() == 12
+
+
+async def test_a_visiting_client_is_there_only_during_its_visits() -> None:
+    async def endless(request: web.Request) -> web.StreamResponse:
+        answer = web.StreamResponse()
+        await answer.prepare(request)
+        for tokens in itertools.count(1):
+            await answer.write(_event(tokens))
+            await asyncio.sleep(0.01)
+        raise AssertionError
+
+    async with _server(endless) as target:
+        client = _closed(target, connections=2, visits=Visits(idle_s=0.1, busy_s=0.2))
+        phase = await _run(client, window_s=0.6)
+    starts = sorted(record.sent_s for record in phase.records)
+    assert starts == pytest.approx([0.1, 0.1, 0.4, 0.4], abs=0.08)
+    assert all(record.cut for record in phase.records)
+    assert all(record.finished_s - record.sent_s < 0.3 for record in phase.records if record.finished_s)
+
+
+async def test_a_timeline_has_every_read_with_its_tokens() -> None:
+    async with _server(_stream) as target:
+        client = _closed(target, connections=1, max_requests=1, timeline=True)
+        phase = await _run(client, window_s=0.4)
+    (record,) = phase.records
+    assert record.timeline is not None
+    assert record.timeline[0][0] == record.first_token_s
+    assert record.timeline[-1][1] == record.max_tokens
+    assert record.timeline == sorted(record.timeline)
+
+
+async def test_no_timeline_is_kept_of_a_crowd() -> None:
+    async with _server(_stream) as target:
+        phase = await _run(_closed(target, max_requests=3), window_s=0.2)
+    assert all(record.timeline is None for record in phase.records)
+
+
+async def test_samples_grow_to_what_was_served() -> None:
+    async with _server(_stream) as target:
+        phase = await run_phase([_closed(target)], warm_s=0.1, window_s=0.4, sample_s=0.1)
+    moments = [sample.at_s for sample in phase.samples]
+    tokens = [sample.served["noisy"].output_tokens for sample in phase.samples]
+    assert moments == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.5][: len(moments)], abs=0.06)
+    assert len(moments) >= 4
+    assert tokens == sorted(tokens)
+    assert tokens[0] == 0 < tokens[-1]
+
+
+async def test_requests_that_nobody_awaits_do_not_prolong_the_phase() -> None:
+    async def never(request: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(5)
+        return await _stream(request)
+
+    async with _server(never) as target:
+        began = asyncio.get_running_loop().time()
+        phase = await run_phase([_paced(target, awaited=False)], warm_s=0.0, window_s=0.2, drain_s=5.0)
+        assert asyncio.get_running_loop().time() - began < 2.0
+    assert phase.records
+    assert all(record.cut for record in phase.records)

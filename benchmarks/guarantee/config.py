@@ -1,0 +1,108 @@
+"""What one run of the guarantee scenario measures, and for how long."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from benchmarks.load import Lengths
+
+_SHORT, _MEDIUM, _LONG = Lengths(16, 128), Lengths(128, 384), Lengths(2000, 2000)
+_BRIEF, _QUIET = Lengths(16, 64), Lengths(8, 24)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """One run. Times are in seconds; a *round* is one turn of every system that is compared."""
+
+    model: str
+    folder: Path
+    """Where logs and results go."""
+    only: tuple[str, ...] = ()
+    """Names of the rows to measure; none means all."""
+    max_num_seqs: int = 72
+    eager: bool = True
+    engine_flags: tuple[str, ...] = ()
+    start_together: bool = True
+    """Whether both servers may load at once: not where they share a GPU's memory."""
+    start_timeout_s: float = 300.0
+    warm_s: float = 2.0
+    seed: int = 1
+
+    noisy_streams: int = 64
+    noisy_input: Lengths = _SHORT
+    noisy_output: Lengths = _MEDIUM
+    owed_input: Lengths = _SHORT
+    owed_output: Lengths = _LONG
+    """Of the stream that holds the guarantee: long, so that it spans many whole seconds."""
+
+    pace_times: float = 2.0
+    """The guarantee, as a multiple of what plain vLLM gives the stream beside the crowd."""
+    calibration_s: float = 5.0
+    pace_rounds: int = 16
+    pace_s: float = 26.0
+    fixed_s: float = 5.0
+
+    pairs: int = 20
+    pair_s: float = 4.0
+    pair_warm_s: float = 1.5
+    easy_times: float = 0.5
+    """The guarantee where no pace is in danger, as a multiple of what plain vLLM gives anyway."""
+    easy_guarantee_tok_s: float = 20.0
+    """The guarantee where nothing depends on it."""
+    lone_streams: int = 48
+    lone_many_streams: int = 144
+    """More than there are slots, and no more than may wait for them."""
+
+    quiet_seats: int = 5
+    """Each sends one request a second."""
+    quiet_input: Lengths = _BRIEF
+    quiet_output: Lengths = _QUIET
+    isolation_rounds: int = 8
+    beside_s: float = 25.0
+    solo_s: float = 15.0
+    plain_beside_s: float = 10.0
+    flood_times: float = 3.0
+    """The flooder's requests per second, as a multiple of what the machine can serve."""
+
+    shares_s: float = 240.0
+    shares_connections: int = 96
+    flood_rounds: int = 5
+    flood_s: float = 12.0
+    flood_connections: int = 200
+    fair_output: Lengths = _SHORT
+    """Short answers, so that those which straddle the ends of a window weigh little."""
+
+    visits: int = 50
+    visit_groups: int = 5
+    idle_s: float = 2.0
+    busy_s: float = 4.0
+    visit_connections: int = 128
+    visit_output: Lengths = _BRIEF
+
+    step_streams: int = 256
+    step_s: float = 20.0
+
+    def quick(self) -> Config:
+        """The same in a few minutes: shows that it works, proves nothing."""
+        return replace(
+            self,
+            warm_s=1.0,
+            calibration_s=2.0,
+            pace_rounds=2,
+            pace_s=8.0,
+            fixed_s=3.0,
+            pairs=3,
+            pair_s=2.0,
+            pair_warm_s=1.0,
+            isolation_rounds=1,
+            beside_s=8.0,
+            solo_s=6.0,
+            plain_beside_s=5.0,
+            shares_s=20.0,
+            flood_rounds=1,
+            flood_s=6.0,
+            visits=4,
+            visit_groups=1,
+            step_s=5.0,
+        )

@@ -1,0 +1,150 @@
+"""Measures the chosen rows one after the other and puts them together."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.guarantee import isolation, pace, returning, shares, step_time, totals
+from benchmarks.guarantee.bench import Bench, Part, Row, Rows
+from benchmarks.guarantee.config import Config
+from benchmarks.report import Check, Result, instrument_notes
+from benchmarks.seats import write_entitlements
+from benchmarks.servers import Engine, Progress, plain_vllm, running, seat_node
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ROWS: dict[str, Row] = {
+    row.name: row
+    for row in (
+        pace.ROW,
+        totals.TOTAL_ROW,
+        totals.LONE_ROW,
+        isolation.ROW,
+        shares.SHARES_ROW,
+        shares.FLOOD_ROW,
+        returning.ROW,
+        step_time.ROW,
+    )
+}
+_OTHERS = 0.15
+"""Cores in use by others that are no longer the machine's own housekeeping."""
+_START_S = 45.0
+"""About how long both servers take to load the demo model on two cores."""
+
+
+def chosen(config: Config) -> list[Row]:
+    """The rows to measure, in their order."""
+    return [row for name, row in ROWS.items() if not config.only or name in config.only]
+
+
+def expected_s(config: Config) -> float:
+    """About how long the run takes."""
+    return _START_S + sum(row.seconds(config) for row in chosen(config))
+
+
+def run(config: Config, progress: Progress, scenario: str = "guarantee") -> Result:
+    """Measure every chosen row. Raises ServerStartError when a server does not start."""
+    countdown = _Countdown(progress, expected_s(config))
+    engine = Engine(config.model, config.max_num_seqs, config.engine_flags, config.eager)
+    entitlements = config.folder / "entitlements.json"
+    write_entitlements([pace.OWED, pace.CROWD], entitlements, guarantee_tok_s=config.easy_guarantee_tok_s)
+    rows: Rows = []
+    with running(
+        [plain_vllm(engine), seat_node(engine, entitlements)],
+        config.folder,
+        countdown.say,
+        config.start_timeout_s,
+        together=config.start_together,
+    ) as (plain, seats):
+        bench = Bench(config, plain, seats, entitlements, countdown.say)
+        _warm_up(bench)
+        left = chosen(config)
+        while left:
+            countdown.expect(sum(row.seconds(config) for row in left))
+            rows += left.pop(0).measure(bench)
+            # What is there already outlives whatever happens to the rest.
+            (config.folder / "rows.json").write_text(json.dumps(rows))
+    return summarize(asdict(config), rows, scenario)
+
+
+def _warm_up(bench: Bench) -> None:
+    config = bench.config
+    for server in bench.servers:
+        bench.progress(f"{server.launch.name}: warming up")
+        seat = pace.OWED if server is bench.plain else pace.CROWD
+        crowd = bench.crowd(server, seat, config.max_num_seqs, config.noisy_output, "warm")
+        bench.phase(server, [crowd], window_s=config.calibration_s)
+
+
+def summarize(config: dict[str, Any], rows: Rows, scenario: str = "guarantee") -> Result:
+    """The figures of all rows that were measured."""
+    parts = parts_of(config, rows)
+    errors = sum(row["errors"] for row in rows)
+    first = next((row["first_error"] for row in rows if row["first_error"]), "")
+    checks = [check for part in parts.values() for check in part.checks]
+    checks.append(Check("no failed request", f"{errors} failed {first}".rstrip(), errors == 0))
+    return Result(
+        scenario=scenario,
+        config=config,
+        figures={name: part.figures for name, part in parts.items()},
+        tables=tuple(table for part in parts.values() for table in part.tables),
+        checks=tuple(checks),
+        rows=rows,
+        notes=(
+            *instrument_notes(rows),
+            *_busy_notes(rows),
+            *(note for part in parts.values() for note in part.notes),
+        ),
+    )
+
+
+def _busy_notes(rows: Rows) -> tuple[str, ...]:
+    """Whether the machine had other things to do."""
+    others = [row["other_cores"] for row in rows]
+    busy = sum(cores > _OTHERS for cores in others)
+    if not busy:
+        return ()
+    return (
+        f"processes that are no part of the measurement used more than {_OTHERS} cores in {busy} of "
+        f"{len(others)} phases, at most {max(others):.2f}: repeat on a quiet machine",
+    )
+
+
+def parts_of(config: dict[str, Any], rows: Rows) -> dict[str, Part]:
+    """What each measured row has to say, by its name."""
+    measured = {name: [row for row in rows if row["row"] == name] for name in ROWS}
+    return {name: ROWS[name].summarize(config, of_row) for name, of_row in measured.items() if of_row}
+
+
+def plot(result: Result, figure: Figure) -> None:
+    """One picture per row."""
+    parts = parts_of(result.config, result.rows)
+    columns = min(3, len(parts))
+    lines = -(-len(parts) // columns)
+    figure.set_size_inches(5.6 * columns, 4.4 * lines)
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for (name, part), place in zip(parts.items(), axes, strict=False):
+        ROWS[name].plot(place, [row for row in result.rows if row["row"] == name], part)
+    for place in axes[len(parts) :]:
+        place.set_axis_off()
+
+
+class _Countdown:
+    """Progress lines that end with what is left of the expected time."""
+
+    def __init__(self, progress: Progress, expected_s: float) -> None:
+        self._progress = progress
+        self.expect(expected_s)
+
+    def expect(self, seconds: float) -> None:
+        """From now on, so much is left."""
+        self._until = time.monotonic() + seconds
+
+    def say(self, text: str) -> None:
+        left_s = self._until - time.monotonic()
+        left = f"about {left_s / 60:.0f} min left" if left_s >= 60 else "under a minute left"
+        self._progress(f"{text} ({left})")
