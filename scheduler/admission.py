@@ -451,7 +451,7 @@ class Admission:
         ticket.lifts, ticket.weight = seat.lifts, seat.terms.weight
         prefills = 1 if policy.prefix_caching else ticket.count
         self._charge(ticket, ticket.input_tokens * prefills * policy.input_weight)
-        self._charge_output(ticket, ticket.expected_output)
+        self._charge_output(ticket, round(ticket.expected_output * policy.foreseen_share))
         seat.outcomes[Outcome.DISPATCHED] += ticket.count
         seat.input_tokens += ticket.input_tokens
         if seat.last_dispatch is not None:

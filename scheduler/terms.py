@@ -37,6 +37,9 @@ class Policy:
     """Expected output of a seat that has not finished a request yet."""
     output_mean_smoothing: float = 0.1
     """Weight of the newest finished request in a seat's running mean of output tokens."""
+    foreseen_share: float = 0.25
+    """Share of the expected output that is charged at dispatch, the rest as it comes. With more, seats lead
+    each other by the luck of lengths; with none, by what was let in before its cost showed."""
     prefix_caching: bool = True
     """Whether the engine computes a prompt once for all its `n` sequences, or once for each."""
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from vllm.inputs import TokensPrompt
 from vllm.outputs import RequestOutput
+from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 from vllm.v1.engine import EngineCoreOutput
@@ -123,6 +124,10 @@ class SeatLLM(AsyncLLM):
 
     def _marked(self, params: SamplingParams, ticket: Ticket) -> SamplingParams:
         """Tell the step scheduler whose request it is. Clients' own extra arguments never get here."""
+        if current_platform.is_cpu():
+            # vLLM 0.32's CPU engine dies of a seed when the prompt is computed in more than one step
+            # (a CPU generator has no offset to set back), and any prompt may be here.
+            params.seed = None
         if self.node.rows is not None:
             params.extra_args = {SEAT: self.node.rows.row(ticket.seat.terms.seat_id)}
         return params

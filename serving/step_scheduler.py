@@ -181,7 +181,11 @@ class SeatScheduler(AsyncScheduler):
     def _read_seat(self, row: int) -> None:
         seat = self._table.read_seat(row)
         self._step_policy.set_seat(
-            row, seat.guarantee_tok_s, seat.prefill_tok_s, max(1, int(seat.quantity)), max(1e-9, seat.weight)
+            row,
+            seat.guarantee_tok_s,
+            max(1.0, seat.prefill_tok_s),
+            max(1, int(seat.quantity)),
+            max(1e-9, seat.weight),
         )
 
     def _refresh_seats(self) -> None:

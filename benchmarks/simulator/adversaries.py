@@ -1,15 +1,24 @@
-"""Random scenarios that try to make admission break a promise; a seed gives always the same one."""
+"""Random scenarios that try to make the scheduler break a promise; a seed gives always the same one."""
 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 from benchmarks.simulator.clients import Client, ClosedLoop, OnOff, OpenLoop, Shape
+from benchmarks.simulator.machines import (
+    CROWDED,
+    LLAMA_70B_8_H100,
+    QWEN3_8B_H100,
+    QWEN35_397B_8_H200,
+)
 from benchmarks.simulator.simulation import Change, Scenario, SeatPlan
+from contract.step_time import StepTime
 from scheduler import Capacity, Policy, SeatTerms
 
 SPAN_S = 3.0
 """How long the clients stay."""
+MACHINES = (QWEN3_8B_H100, LLAMA_70B_8_H100, QWEN35_397B_8_H200, CROWDED, CROWDED)
 
 
 def random_scenario(seed: int) -> Scenario:
@@ -17,7 +26,8 @@ def random_scenario(seed: int) -> Scenario:
     rng = random.Random(f"scenario/{seed}")
     slots = rng.choice((2, 4, 8, 12))
     kv_tokens = rng.choice((700, 2_000, 100_000))
-    guarantee = rng.choice((0.0, 0.0, 20.0))
+    guarantee = rng.choice((0.0, 20.0, 50.0, 100.0))
+    machine = rng.choice(MACHINES)
     names = [f"seat{i}" for i in range(rng.randint(2, 5))]
     return Scenario(
         seats=tuple(_seat(name, guarantee, rng) for name in names),
@@ -29,6 +39,9 @@ def random_scenario(seed: int) -> Scenario:
             max_queued_per_seat=rng.choice((4, 16, 256)),
             queue_timeout_s=rng.choice((1.0, 60.0)),
         ),
+        step_time=machine,
+        seed_step_time=_guess(machine, rng),
+        step_tokens=rng.choice((64, 512, 2_048)),
         changes=_changes(slots, kv_tokens, rng),
     )
 
@@ -47,6 +60,18 @@ def _seat(name: str, guarantee: float, rng: random.Random) -> SeatPlan:
     if rng.random() < 0.25:
         blocks = ((0.0, border), (border + 0.3, None))
     return SeatPlan(terms, blocks)
+
+
+def _guess(machine: StepTime, rng: random.Random) -> StepTime:
+    """What the step policy believes at first: right, or wrong in one of its terms and as a whole."""
+    factor = rng.choice((1.0, 1.0, 0.7, 1.5))
+    return replace(
+        machine,
+        base_s=machine.base_s * factor,
+        prefill_token_s=machine.prefill_token_s * factor * rng.choice((1.0, 2.0)),
+        decode_s=machine.decode_s * factor,
+        kv_token_s=machine.kv_token_s * factor,
+    )
 
 
 def _client(name: str, slots: int, rng: random.Random) -> Client:

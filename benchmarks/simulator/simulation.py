@@ -1,17 +1,22 @@
-"""One node, simulated event by event around the production `Admission`."""
+"""One node, simulated event by event around the production `Admission` and `StepPolicy`."""
 
 from __future__ import annotations
 
 import heapq
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from benchmarks.simulator import trace
 from benchmarks.simulator.clients import Client, ClosedLoop, Shape, next_arrival
-from benchmarks.simulator.engine import QWEN3_8B_H100, Engine, Run, Step, StepTime
+from benchmarks.simulator.composer import SeatComposer
+from benchmarks.simulator.engine import KV_BLOCK, Batch, Engine, Rules, Stream
+from benchmarks.simulator.machines import QWEN3_8B_H100
+from contract.step_time import StepTime
 from scheduler import Admission, Ask, Capacity, Policy, Reason, Refusal, SeatTerms, State, Ticket
+from scheduler.step_time import StepTimeFit
+from scheduler.steps import StepPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,10 @@ class Scenario:
     capacity: Capacity
     policy: Policy = field(default_factory=Policy)
     step_time: StepTime = QWEN3_8B_H100
+    seed_step_time: StepTime | None = None
+    """What the step policy takes for the step time until it has learned better; None for the truth."""
+    step_tokens: int = 2_048
+    """Tokens in one step (`max_num_batched_tokens`)."""
     changes: tuple[Change, ...] = ()
 
 
@@ -62,6 +71,8 @@ class _Live:
     ticket: Ticket
     request: _Request
     output_tokens: int
+    streams: list[int] = field(default_factory=list)
+    """Keys of its sequences in the engine that have not finished."""
 
 
 @dataclass(slots=True)
@@ -78,12 +89,18 @@ class Simulation:
     def __init__(self, scenario: Scenario, seed: int) -> None:
         self._scenario = scenario
         self._admission = Admission(scenario.capacity, scenario.policy)
-        self._engine = Engine(scenario.step_time)
+        self._steps = StepPolicy(StepTimeFit(scenario.seed_step_time or scenario.step_time))
+        rules = Rules(scenario.capacity.slots, scenario.capacity.kv_tokens, scenario.step_tokens)
+        self._engine = Engine(rules, scenario.step_time, SeatComposer(self._steps))
         self._now = 0.0
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
         self._order = 0
-        self._stepping = False
+        self._in_flight = 0
+        """Steps that are composed and not done."""
+        self._busy_until = 0.0
         self._prompts = 0
+        self._streams: dict[int, _Live] = {}
+        self._last_stream = 0
         self._live: dict[int, _Live] = {}
         """By ticket number."""
         self._trace: list[trace.Event] = []
@@ -96,6 +113,7 @@ class Simulation:
         self._write(
             trace.CapacityChanged(0.0, self._scenario.capacity.slots, self._scenario.capacity.kv_tokens)
         )
+        self._write(trace.MachineChanged(0.0, self._scenario.step_time, 1.0))
         self._plan()
         while self._agenda:
             self._now, _, act = heapq.heappop(self._agenda)
@@ -142,6 +160,7 @@ class Simulation:
 
     def _open(self, terms: SeatTerms) -> None:
         self._admission.open_seat(terms, self._now)
+        self._set_seat(terms, terms.guarantee_tok_s)
         self._write(
             trace.SeatOpened(
                 self._now,
@@ -156,52 +175,99 @@ class Simulation:
 
     def _close(self, terms: SeatTerms) -> None:
         evicted = self._admission.close_seat(terms.seat_id, Reason.OUTSIDE_BLOCK, self._now)
+        self._set_seat(terms, 0.0)
         self._write(trace.SeatClosed(self._now, terms.seat_id))
         self._evicted(evicted)
 
+    def _set_seat(self, terms: SeatTerms, guarantee_tok_s: float) -> None:
+        self._steps.set_seat(
+            terms.seat_id, guarantee_tok_s, terms.prefill_tok_s, terms.quantity, terms.weight
+        )
+
     def _change(self, change: Change) -> None:
         self._admission.capacity = change.capacity
+        self._engine.rules = replace(
+            self._engine.rules, slots=change.capacity.slots, kv_tokens=change.capacity.kv_tokens
+        )
         self._engine.slowdown = change.slowdown
         self._write(trace.CapacityChanged(self._now, change.capacity.slots, change.capacity.kv_tokens))
+        self._write(trace.MachineChanged(self._now, self._scenario.step_time, change.slowdown))
 
     def _settle(self) -> None:
         """Let the scheduler act, and the engine begin its next step if it stands still."""
         self._evicted(self._admission.expire(self._now))
+        self._admission.borrowed_limit = self._steps.borrowed_limit
         # A prefix hit makes room in the KV cache, for which more may enter at once.
         while entering := self._admission.dispatch(self._now):
             for ticket in entering:
                 self._enter(ticket)
         self._write(trace.Settled(self._now, self._admission.virtual_time))
-        if self._engine.busy and not self._stepping:
-            step = self._engine.plan()
-            self._stepping = True
-            self._at(self._now + step.duration_s, partial(self._end_step, step))
+        while self._in_flight < self._engine.batches_in_flight and self._compose():
+            pass
+
+    def _compose(self) -> bool:
+        batch = self._engine.compose(self._now)
+        if batch is None:
+            return False
+        held = tuple(stream.key for stream in self._engine.running if stream.held)
+        parts = tuple((piece.stream.key, piece.tokens) for piece in batch.pieces)
+        self._write(trace.Composed(self._now, parts, held, batch.preempted))
+        self._in_flight += 1
+        self._busy_until = max(self._busy_until, self._now) + batch.seconds
+        self._at(self._busy_until, partial(self._end_step, batch))
+        return True
 
     def _enter(self, ticket: Ticket) -> None:
         live = self._live[ticket.number]
         prompt = live.prompt
         cached = int(prompt.input_tokens * live.request.client.plan.shape.cached_share)
-        self._write(trace.Entered(self._now, prompt.number, cached))
+        live.streams = [self._last_stream + 1 + i for i in range(prompt.count)]
+        self._last_stream += prompt.count
+        self._write(trace.Entered(self._now, prompt.number, cached, tuple(live.streams)))
         if cached:
             self._admission.record_prefix_hit(ticket, cached)
-        self._engine.add(
-            Run(ticket.number, prompt.input_tokens - cached, live.output_tokens, prompt.count, cached)
-        )
+        leader = None
+        for key in live.streams:
+            stream = Stream(
+                key,
+                prompt.input_tokens,
+                live.output_tokens,
+                seat_id=prompt.seat_id,
+                max_tokens=prompt.max_tokens,
+                cached_tokens=cached,
+                leader=leader,
+            )
+            leader = leader or stream
+            self._streams[key] = live
+            self._engine.add(stream, self._now)
 
-    def _end_step(self, step: Step) -> None:
-        self._stepping = False
+    def _end_step(self, batch: Batch) -> None:
+        self._in_flight -= 1
         # Work of prompts whose clients left during the step is lost; all else counts.
-        done = [
-            (self._live[number], prefill, made) for number, prefill, made in step.work if number in self._live
-        ]
-        self._admission.record_step([(live.ticket, made) for live, _, made in done if made], self._now)
+        done = self._engine.complete(batch, self._now)
+        work: dict[int, tuple[int, int]] = {}
+        for part in done:
+            number = self._streams[part.key].ticket.number
+            prefilled, made = work.get(number, (0, 0))
+            work[number] = prefilled + part.prefilled, made + part.made
+        self._admission.record_step(
+            [(self._live[number].ticket, made) for number, (_, made) in work.items() if made], self._now
+        )
         self._write(
             trace.Stepped(
-                self._now, tuple((live.prompt.number, prefill, made) for live, prefill, made in done)
+                self._now,
+                tuple((self._live[n].prompt.number, *amounts) for n, amounts in work.items()),
+                tuple(part.key for part in done if part.finished),
             )
         )
-        for number in self._engine.apply(step):
-            live = self._live[number]
+        for part in done:
+            if part.finished:
+                self._finish_stream(part.key)
+
+    def _finish_stream(self, key: int) -> None:
+        live = self._streams.pop(key)
+        live.streams.remove(key)
+        if not live.streams:
             self._release(live)
             self._write(trace.Finished(self._now, live.prompt.number))
             self._over(live)
@@ -224,8 +290,16 @@ class Simulation:
         if self._now >= sender.plan.end_s:
             return
         shape, rng = sender.plan.shape, sender.rng
-        outputs = [min(shape.max_tokens, rng.randint(*shape.output_tokens)) for _ in range(shape.prompts)]
-        asks = [Ask(rng.randint(*shape.input_tokens), shape.max_tokens, shape.count) for _ in outputs]
+        lengths = [
+            (rng.randint(*shape.output_tokens), rng.randint(*shape.input_tokens))
+            for _ in range(shape.prompts)
+        ]
+        # As vLLM does, the door cuts what would not fit into the KV cache alone.
+        longest = self._engine.rules.kv_blocks * KV_BLOCK
+        asks = [
+            Ask(tokens, max(1, min(shape.max_tokens, longest - tokens)), shape.count) for _, tokens in lengths
+        ]
+        outputs = [min(ask.max_tokens, made) for ask, (made, _) in zip(asks, lengths, strict=True)]
         self._submit(_Request(sender, asks, outputs), retry=False)
 
     def _submit(self, request: _Request, *, retry: bool) -> None:
@@ -266,7 +340,9 @@ class Simulation:
             return
         queued = live.ticket.state is State.QUEUED
         self._release(live)
-        self._engine.remove(live.ticket.number)
+        for key in live.streams:
+            self._engine.remove(key, self._now)
+            del self._streams[key]
         gone = trace.Canceled if queued else trace.Finished
         self._write(gone(self._now, live.prompt.number))
         self._over(live)

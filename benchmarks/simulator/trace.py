@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from contract.step_time import StepTime
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -44,6 +46,15 @@ class CapacityChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class MachineChanged:
+    """From now on a step takes `slowdown` times what `step_time` says."""
+
+    at: float
+    step_time: StepTime
+    slowdown: float
+
+
+@dataclass(frozen=True, slots=True)
 class Submitted:
     """A request reached the scheduler; the next event says whether it was queued or refused."""
 
@@ -75,6 +86,21 @@ class Entered:
     at: float
     number: int
     cached_tokens: int
+    streams: tuple[int, ...]
+    """Its sequences in the engine, numbered over all prompts in order of entry."""
+
+
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """The engine has chosen what takes part in its next step."""
+
+    at: float
+    parts: tuple[tuple[int, int], ...]
+    """Streams and how many tokens are computed for each."""
+    held: tuple[int, ...]
+    """Streams that run and were left out on purpose."""
+    preempted: tuple[int, ...]
+    """Streams that lost slot and KV cache, in order, since the last such event."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +109,8 @@ class Stepped:
 
     at: float
     work: tuple[tuple[int, int, int], ...]
+    ended: tuple[int, ...] = ()
+    """Streams whose last token this was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,10 +168,12 @@ Event = (
     SeatOpened
     | SeatClosed
     | CapacityChanged
+    | MachineChanged
     | Submitted
     | Queued
     | Refused
     | Entered
+    | Composed
     | Stepped
     | Finished
     | Canceled

@@ -64,6 +64,7 @@ class RunningNode:
     pledges: list[PledgeEntitlement] = field(default_factory=list)
     revision: int = 0
     pool_status: PoolStatus = PoolStatus.ACTIVE
+    guarantee_tok_s: float = 5.0
 
     @property
     def url(self) -> str:
@@ -84,7 +85,12 @@ class RunningNode:
             version=1,
             store_id="tests",
             revision=self.revision,
-            pool=PoolTerms(slug="demo", status=self.pool_status, guarantee_tok_s=5.0, prefill_tok_s=1000.0),
+            pool=PoolTerms(
+                slug="demo",
+                status=self.pool_status,
+                guarantee_tok_s=self.guarantee_tok_s,
+                prefill_tok_s=1000.0,
+            ),
             pledges=tuple(self.pledges),
         )
         fresh = self.entitlements.with_suffix(".new")

@@ -47,6 +47,15 @@ def test_openai_chat(openai_client: openai.OpenAI) -> None:
     assert last.usage.completion_tokens == 5
 
 
+def test_a_seed_and_a_prompt_of_several_steps_leave_the_engine_alive(openai_client: openai.OpenAI) -> None:
+    # More than one step takes; vLLM's own CPU engine dies of this.
+    answer = openai_client.completions.create(
+        model="demo", prompt=[number % 1_000 for number in range(7_000)], max_tokens=2, seed=7
+    )
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == 7_000
+
+
 def test_openai_completions(openai_client: openai.OpenAI) -> None:
     answer = openai_client.completions.create(
         model="demo", prompt=["a", "b c"], n=2, max_tokens=3, extra_body={"ignore_eos": True}

@@ -6,8 +6,9 @@ Each check yields the promises it found broken, one line each, beginning with th
 from collections.abc import Iterator
 
 from benchmarks.simulator import Client, ClosedLoop, OnOff, Scenario, SeatPlan, Shape, Simulation
-from benchmarks.simulator.adversaries import random_scenario
-from benchmarks.simulator.oracles import Promised, service, violations
+from benchmarks.simulator.machines import CROWDED
+from benchmarks.simulator.oracles import service
+from benchmarks.simulator.soak import broken_by, judged
 from scheduler import Capacity, SeatTerms
 
 HUGE = 1_000_000_000
@@ -24,17 +25,11 @@ def loop(name: str, connections: int, shape: Shape | None = None) -> Client:
 
 
 def broken_in(scenario: Scenario, seed: int) -> list[str]:
-    policy = scenario.policy
-    promised = Promised(
-        queue_timeout_s=policy.queue_timeout_s,
-        max_queued_per_seat=policy.max_queued_per_seat,
-        initial_output_tokens=policy.initial_output_tokens,
-    )
-    return violations(Simulation(scenario, seed).run(), promised)
+    return judged(scenario, Simulation(scenario, seed).run())
 
 
 def broken_by_random_adversary(seed: int) -> list[str]:
-    return [f"{line} (seed {seed})" for line in broken_in(random_scenario(seed), seed)]
+    return broken_by(seed)[0]
 
 
 def share_ratio(seats: tuple[SeatPlan, SeatPlan], clients: tuple[Client, Client], slots: int) -> float:
@@ -107,6 +102,21 @@ def full_of_borrowed_work() -> Scenario:
     return Scenario(tuple(seat(name, guarantee=50.0) for name in "abcd"), clients, Capacity(16, 1_000_000))
 
 
+def late_guests(flood: Shape) -> Scenario:
+    """Two seats that are owed a pace come when two floods already fill a machine that is too slow for all."""
+    steady = Shape(output_tokens=(500, 600), max_tokens=600)
+    clients = (
+        *(Client(name, ClosedLoop(1, think_s=0.3), steady, start_s=2.0, end_s=4.0) for name in "ab"),
+        *(Client(name, ClosedLoop(24), flood, end_s=12.0) for name in "cd"),
+    )
+    seats = (seat("a", guarantee=50.0), seat("b", guarantee=50.0), seat("c"), seat("d", 2))
+    return Scenario(seats, clients, Capacity(32, 20_000), step_time=CROWDED)
+
+
+LONG_ANSWERS = Shape(input_tokens=(20, 60), output_tokens=(300, 400), max_tokens=400)
+LONG_PROMPTS = Shape(input_tokens=(1_500, 2_000), output_tokens=(1, 4), max_tokens=8)
+
+
 def tight_limits() -> Scenario:
     """Two seats press against both of their limits at once, one of them with groups of prompts."""
     seats = tuple(
@@ -125,6 +135,8 @@ def tight_limits() -> Scenario:
 
 
 def broken_by_aimed_runs() -> Iterator[str]:
+    for flood in (LONG_ANSWERS, LONG_PROMPTS):
+        yield from broken_in(late_guests(flood), seed=1)
     yield from broken_in(tight_limits(), seed=1)
     yield from broken_in(returning_seat(), seed=1)
     yield from broken_in(full_of_borrowed_work(), seed=1)

@@ -1,4 +1,4 @@
-"""Break one promise in the scheduler on purpose, and see that the evidence tells.
+"""Break one promise in the scheduler or the step policy on purpose, and see that the evidence tells.
 
 Each mutation patches the running class, no source. `caught_by` names the oracles of which one must
 speak: a mutation that some other oracle notices by accident is not enough.
@@ -27,6 +27,8 @@ from scheduler import (
 from scheduler.admission import Seat
 from scheduler.buckets import TokenBucket
 from scheduler.ledger import Ledger
+from scheduler.steps import StepPolicy
+from scheduler.streams import Stream
 from tests.simulation import evidence
 
 SEEDS = range(100)
@@ -101,9 +103,9 @@ def largest_tag_first(patch: Patch) -> None:
 def virtual_time_falls(patch: Patch) -> None:
     start = Admission._start
 
-    def mutant(self: Admission, ticket: Ticket, now: float) -> Ticket:
+    def mutant(self: Admission, ticket: Ticket, now: float, *, owed: bool) -> Ticket:
         self.virtual_time = 0.0
-        return start(self, ticket, now)
+        return start(self, ticket, now, owed=owed)
 
     patch.setattr(Admission, "_start", mutant)
 
@@ -112,24 +114,36 @@ def last_come_first_served(patch: Patch) -> None:
     patch.setattr(admission, "_head", lambda seat: next(reversed(seat.queue.values())))
 
 
-def no_reserve(patch: Patch) -> None:
+def owed_work_waits_for_free_slots(patch: Patch) -> None:
+    fits = Admission._fits
+    patch.setattr(Admission, "_fits", lambda self, ticket, *, owed: fits(self, ticket, owed=False))
+
+
+def borrowed_work_takes_owed_room(patch: Patch) -> None:
     fits = Admission._fits
     patch.setattr(Admission, "_fits", lambda self, ticket, *, owed: fits(self, ticket, owed=True))
+
+
+def prefix_hits_stay_in_the_owed_account(patch: Patch) -> None:
+    record = Admission.record_prefix_hit
+
+    def mutant(self: Admission, ticket: Ticket, cached_tokens: int) -> None:
+        ticket.owed_kv_tokens, owed = 0, ticket.owed_kv_tokens
+        record(self, ticket, cached_tokens)
+        ticket.owed_kv_tokens = owed
+
+    patch.setattr(Admission, "record_prefix_hit", mutant)
 
 
 def nobody_is_owed(patch: Patch) -> None:
     patch.setattr(admission, "_is_owed", lambda seat: False)
 
 
-def wide_requests_take_reserved_slots(patch: Patch) -> None:
-    patch.setattr(admission, "_is_owed", lambda seat: bool(seat.queue) and seat.unused > 0)
-
-
 def kv_cache_ignored(patch: Patch) -> None:
     fits = Admission._fits
 
     def mutant(self: Admission, ticket: Ticket, *, owed: bool) -> bool:
-        self._kv_in_use = -1_000_000_000
+        self._kv_in_use = self._owed_kv_in_use = -1_000_000_000
         return fits(self, ticket, owed=owed)
 
     patch.setattr(Admission, "_fits", mutant)
@@ -284,6 +298,52 @@ def ledger_misses_deliveries(patch: Patch) -> None:
     patch.setattr(Ledger, "deliver", lambda self, tokens, now: deliver(self, min(tokens, 1), now))
 
 
+def nothing_is_held(patch: Patch) -> None:
+    patch.setattr(StepPolicy, "_set_held", lambda self, stream, held, now: None)
+
+
+def holds_outlast_their_reason(patch: Patch) -> None:
+    patch.setattr(StepPolicy, "_free_all", lambda self, now: None)
+
+
+def held_ones_never_rotate(patch: Patch) -> None:
+    put_in_order = StepPolicy._put_in_order
+
+    def mutant(self: StepPolicy, borrowed: list[Stream]) -> None:
+        put_in_order(self, borrowed)
+        borrowed.sort(key=lambda stream: stream.held)
+
+    patch.setattr(StepPolicy, "_put_in_order", mutant)
+    patch.setattr(StepPolicy, "_bring_to_room", lambda self, now: None)
+
+
+def owed_streams_are_held_too(patch: Patch) -> None:
+    set_held = StepPolicy._set_held
+
+    def mutant(self: StepPolicy, stream: Stream, held: bool, now: float) -> None:
+        set_held(self, stream, held or (stream.owed and self.held > 0), now)
+
+    patch.setattr(StepPolicy, "_set_held", mutant)
+
+
+def owed_streams_are_preempted_first(patch: Patch) -> None:
+    rank: Any = StepPolicy.rank
+
+    def mutant(self: StepPolicy, stream_id: object) -> tuple[object, ...]:
+        borrowed, *others = rank(self, stream_id)
+        return (not borrowed, *others)
+
+    patch.setattr(StepPolicy, "rank", mutant)
+
+
+def borrowed_work_is_kept_out(patch: Patch) -> None:
+    patch.setattr(StepPolicy, "_free_all", lambda self, now: self._limit_borrowed(1, now))
+
+
+def prompts_of_any_length_in_a_step(patch: Patch) -> None:
+    patch.setattr(StepPolicy, "_plan_prompts", lambda self, now: None)
+
+
 @dataclass(frozen=True)
 class Mutation:
     apply: Callable[[Patch], None]
@@ -304,11 +364,12 @@ MUTATIONS = [
     Mutation(largest_tag_first, ("fairness", "flood proof")),
     Mutation(virtual_time_falls, ("order",)),
     Mutation(last_come_first_served, ("order",)),
-    Mutation(no_reserve, ("reserve", "entry guarantee")),
+    Mutation(owed_work_waits_for_free_slots, ("entry guarantee",)),
+    Mutation(borrowed_work_takes_owed_room, ("room",)),
+    Mutation(prefix_hits_stay_in_the_owed_account, ("room", "entry guarantee", "work conservation")),
     Mutation(nobody_is_owed, ("entry guarantee",)),
-    Mutation(wide_requests_take_reserved_slots, ("reserve", "entry guarantee")),
-    Mutation(kv_cache_ignored, ("reserve",)),
-    Mutation(slots_ignored, ("reserve",)),
+    Mutation(kv_cache_ignored, ("room",)),
+    Mutation(slots_ignored, ("room",)),
     Mutation(one_entry_at_a_time, ("work conservation",)),
     Mutation(released_twice_counts_twice, ("one outcome",)),
     Mutation(canceled_lease_leaks, ("one outcome",)),
@@ -328,6 +389,13 @@ MUTATIONS = [
     Mutation(ledger_forgets_deadlines, ("ledger",)),
     Mutation(ledger_owes_for_all_requests, ("ledger",)),
     Mutation(ledger_misses_deliveries, ("ledger",)),
+    Mutation(nothing_is_held, ("pace",), aimed=True),
+    Mutation(holds_outlast_their_reason, ("needless hold", "work conservation")),
+    Mutation(held_ones_never_rotate, ("starvation",), aimed=True),
+    Mutation(owed_streams_are_held_too, ("victims", "pace")),
+    Mutation(owed_streams_are_preempted_first, ("victims",)),
+    Mutation(borrowed_work_is_kept_out, ("work conservation",)),
+    Mutation(prompts_of_any_length_in_a_step, ("stall", "pace"), aimed=True),
 ]
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from scheduler import Admission, Ask, Capacity, Policy, Reason, Refusal, SeatTerms, State, Ticket
+from scheduler.steps import UNLIMITED
 
 SEATS = ("a", "b", "c")
 SLOTS = 6
@@ -53,6 +54,7 @@ class Prompt:
     produced: int = 0
     kv: int = 0
     cached: int = 0
+    entered_owed: bool = False
 
 
 @dataclass
@@ -143,9 +145,14 @@ class AdmissionMachine(RuleBasedStateMachine):
             queue = self.queue(prompt.seat_id)
             assert queue[0] is prompt, "first come, first served within a seat"
             self.check_room(prompt)
+            prompt.entered_owed = prompt.ask.count <= self.unused(prompt.seat_id)
             prompt.kv = prompt.ask.input_tokens + self.models[prompt.seat_id].output(prompt.ask)
             prompt.state = "running"
         self.check_nothing_waits_needlessly()
+
+    @rule(limit=st.sampled_from((0, 1, 3, UNLIMITED)))
+    def limit_borrowed_work(self, limit: int) -> None:
+        self.admission.borrowed_limit = limit
 
     @precondition(lambda self: self.running())
     @rule(tokens=st.lists(st.integers(0, 40), min_size=1, max_size=6))
@@ -198,7 +205,7 @@ class AdmissionMachine(RuleBasedStateMachine):
 
     @invariant()
     def counts_agree(self) -> None:
-        assert self.admission.in_flight == sum(p.ask.count for p in self.running()) <= SLOTS
+        assert self.admission.in_flight == sum(p.ask.count for p in self.running())
         assert self.admission.queued() == sum(p.state == "queued" for p in self.prompts)
         for seat_id, model in self.models.items():
             reading = self.admission.read(seat_id, self.now)
@@ -247,7 +254,8 @@ class AdmissionMachine(RuleBasedStateMachine):
         assert self.admission._kv_in_use == 0
         for seat_id in self.models:
             self.admission.close_seat(seat_id, Reason.REVOKED, self.now)
-        assert self.admission._reserve == 0
+        assert self.admission._owed_in_flight == 0
+        assert self.admission._owed_kv_in_use == 0
         assert all(self.admission.forget_seat(seat_id) for seat_id in self.models)
 
     # --- the model -----------------------------------------------------------------------------------
@@ -261,25 +269,31 @@ class AdmissionMachine(RuleBasedStateMachine):
     def running(self) -> list[Prompt]:
         return [p for p in self.prompts if p.state == "running"]
 
-    def unused(self, seat_id: str) -> int:
+    def seats(self, seat_id: str) -> int:
+        """How many sequences the seat is owed at a time."""
         model = self.models[seat_id]
-        if not model.open or model.terms.guarantee_tok_s == 0:
-            return 0
-        used = sum(p.ask.count for p in self.running() if p.seat_id == seat_id)
-        return max(0, model.terms.quantity - used)
+        return model.terms.quantity if model.open and model.terms.guarantee_tok_s > 0 else 0
+
+    def used(self, seat_id: str) -> int:
+        return sum(p.ask.count for p in self.running() if p.seat_id == seat_id)
+
+    def unused(self, seat_id: str) -> int:
+        return max(0, self.seats(seat_id) - self.used(seat_id))
 
     def fits(self, prompt: Prompt) -> bool:
         """Whether there is room for it, by the rules for owed or for borrowed work."""
         running = self.running()
         if not running:
             return True
-        free = SLOTS - sum(p.ask.count for p in running)
-        kv = sum(p.kv for p in running)
-        kv += prompt.ask.input_tokens + self.models[prompt.seat_id].output(prompt.ask)
+        need = prompt.ask.input_tokens + self.models[prompt.seat_id].output(prompt.ask)
+        owed = sum(min(self.seats(seat_id), self.used(seat_id)) for seat_id in self.models)
         if prompt.ask.count <= self.unused(prompt.seat_id):
-            return prompt.ask.count <= free and kv <= KV
-        reserve = min(SLOTS // 2, sum(self.unused(seat_id) for seat_id in self.models))
-        return prompt.ask.count <= free - reserve and kv <= 0.9 * KV
+            owed_kv = sum(p.kv for p in running if p.entered_owed)
+            return owed + prompt.ask.count <= SLOTS and owed_kv + need <= KV
+        borrowed = sum(p.ask.count for p in running) - owed
+        if borrowed > 0 and borrowed + prompt.ask.count > self.admission.borrowed_limit:
+            return False
+        return owed + borrowed + prompt.ask.count <= SLOTS and sum(p.kv for p in running) + need <= KV
 
     def check_room(self, prompt: Prompt) -> None:
         assert self.fits(prompt), f"{prompt.ticket} entered without room"
@@ -302,7 +316,7 @@ class AdmissionMachine(RuleBasedStateMachine):
         holds = {
             Reason.DRAINING: self.drained,
             Reason.OUTSIDE_BLOCK: not model.open,
-            Reason.TOO_WIDE: max(ask.count for ask in group) > SLOTS - SLOTS // 2,
+            Reason.TOO_WIDE: max(ask.count for ask in group) > SLOTS,
             Reason.TOO_MANY: count > terms.rpm_limit,
             Reason.OVER_QUEUE: count > bound,
             Reason.TOO_LARGE: sum(ask.input_tokens + ask.count for ask in group) > terms.tpm_limit,
@@ -336,7 +350,9 @@ class AdmissionMachine(RuleBasedStateMachine):
             left -= reserved
             model.requests -= ask.count
             model.tokens -= reserved
-            due = self.now + 1.0 + ask.input_tokens / model.terms.prefill_tok_s
+            # With `n` sequences it has to wait for as many seats: owed from its first token on only.
+            grace = 1.0 if ask.count == 1 else math.inf
+            due = self.now + grace + ask.input_tokens / model.terms.prefill_tok_s
             self.prompts.append(Prompt(ticket, seat_id, ask, self.now, due, reserved))
 
     def evict(self, tickets: list[Ticket], reason: Reason) -> None:

@@ -185,9 +185,21 @@ def test_longer_prompts_get_fewer_turns() -> None:
 
 def test_cost_is_input_plus_twice_the_output_by_weight() -> None:
     admission = node(terms("a", quantity=2))
-    put(admission, "a", ask(input_tokens=100, max_tokens=50))
+    [ticket] = put(admission, "a", ask(input_tokens=100, max_tokens=50))
     admission.dispatch(0.0)
+    admission.record_step([(ticket, 50)], 1.0)
     assert tag(admission, "a") == (100 + 2 * 50) / 2
+
+
+def test_a_quarter_of_the_expected_output_is_charged_at_dispatch_and_the_rest_as_it_comes() -> None:
+    admission = node(terms("a"))
+    [ticket] = put(admission, "a", ask(input_tokens=100, max_tokens=80))
+    admission.dispatch(0.0)
+    assert tag(admission, "a") == 100 + 2 * 20
+    admission.record_step([(ticket, 15)], 1.0)
+    assert tag(admission, "a") == 100 + 2 * 20
+    admission.record_step([(ticket, 45)], 2.0)
+    assert tag(admission, "a") == 100 + 2 * 60
 
 
 def test_expected_output_is_the_running_mean_and_at_most_max_tokens() -> None:
@@ -227,7 +239,7 @@ def test_prefix_hits_are_refunded_once() -> None:
     admission.dispatch(0.0)
     for _ in range(3):
         admission.record_prefix_hit(ticket, 80)
-    assert tag(admission, "a") == 20 + 2 * 50
+    assert tag(admission, "a") == 20 + 2 * 12
 
 
 def test_idle_seat_earns_no_credit() -> None:
@@ -537,8 +549,9 @@ def test_decision_takes_at_most_100_us_at_p99_with_1000_seats_and_10000_queued()
 def test_without_a_prefix_cache_each_sibling_pays_its_prefill() -> None:
     policy = Policy(prefix_caching=False)
     admission = node(terms("a"), policy=policy)
-    put(admission, "a", ask(1_000, 1, count=2))
+    [ticket] = put(admission, "a", ask(1_000, 1, count=2))
     admission.dispatch(0.0)
+    admission.record_step([(ticket, 2)], 1.0)
     assert tag(admission, "a") == 2 * 1_000 * policy.input_weight + 2 * policy.output_weight
 
 

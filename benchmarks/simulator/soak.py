@@ -1,0 +1,72 @@
+"""Many adversarial simulations in a row: does any oracle see a broken promise?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+
+from benchmarks.simulator import trace
+from benchmarks.simulator.adversaries import random_scenario
+from benchmarks.simulator.oracles import MOST_REPORTED, Promised, violations
+from benchmarks.simulator.simulation import Scenario, Simulation
+
+SAY_EVERY = 1_000
+
+
+@dataclass(slots=True)
+class Soak:
+    """What a range of seeds has shown so far."""
+
+    first: int
+    simulations: int = 0
+    broken: list[str] = field(default_factory=list)
+    """The first few broken promises, each with its seed."""
+    broken_seeds: int = 0
+    steps: int = 0
+    held: int = 0
+    """Simulations in which something was held."""
+    preempted: int = 0
+    """Simulations in which something was preempted."""
+    seconds: float = 0.0
+
+    def summary(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def judged(scenario: Scenario, events: Sequence[trace.Event]) -> list[str]:
+    """The promises that a trace of the scenario breaks."""
+    policy = scenario.policy
+    promised = Promised(
+        queue_timeout_s=policy.queue_timeout_s,
+        max_queued_per_seat=policy.max_queued_per_seat,
+        initial_output_tokens=policy.initial_output_tokens,
+    )
+    return violations(events, promised)
+
+
+def broken_by(seed: int) -> tuple[list[str], list[trace.Event]]:
+    """The promises broken in the scenario of a seed, and its trace."""
+    scenario = random_scenario(seed)
+    events = Simulation(scenario, seed).run()
+    return [f"{line} (seed {seed})" for line in judged(scenario, events)], events
+
+
+def soak(first: int, count: int, say: Callable[[str], None]) -> Soak:
+    """Play `count` seeds from `first` on; goes on after a broken promise."""
+    found, begin = Soak(first), time.monotonic()
+    for seed in range(first, first + count):
+        broken, events = broken_by(seed)
+        found.simulations += 1
+        found.broken_seeds += bool(broken)
+        found.broken += broken[: max(0, MOST_REPORTED - len(found.broken))]
+        composed = [event for event in events if isinstance(event, trace.Composed)]
+        found.steps += len(composed)
+        found.held += any(event.held for event in composed)
+        found.preempted += any(event.preempted for event in composed)
+        found.seconds = time.monotonic() - begin
+        for line in broken[:1]:
+            say(line)
+        if found.simulations % SAY_EVERY == 0:
+            say(f"{found.simulations} of {count}: {found.broken_seeds} with a broken promise")
+    return found

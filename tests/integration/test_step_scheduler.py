@@ -1,0 +1,791 @@
+"""Held, preempted and resumed work on the real vLLM: its scheduler stepped by hand, and the whole engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from contract.step_time import StepTime
+from serving.step_table import ENVIRONMENT, NOBODY, SeatRow, StepTable
+from tests.integration.conftest import (
+    SLOTS,
+    RunningNode,
+    Seat,
+    free_port,
+    start_serving,
+    stop_group,
+    wait_for,
+)
+from tests.integration.test_lifecycle import run_serving
+from tests.integration.test_limits import ending_block, engine_running
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.request import Request
+
+    from serving.step_scheduler import SeatScheduler
+
+pytestmark = pytest.mark.vllm
+
+# --- vLLM's scheduler, stepped by hand -----------------------------------------------------------
+
+KV_BLOCK = 16
+MACHINE = StepTime(base_s=2e-3, prefill_token_s=20e-6, decode_s=100e-6, kv_token_s=0.0)
+"""A step with n decodes takes 2 + n/10 ms."""
+SOLD, FREE, OTHER = 1, 2, 3
+"""Rows of the table."""
+
+
+@dataclass
+class Clock:
+    """In the place of the `time` module: moves when a step is done."""
+
+    now: float = 1_000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@dataclass
+class Stepper:
+    """`SeatScheduler` as EngineCore drives it, two batches under way, without a model: tokens are made up."""
+
+    scheduler: SeatScheduler
+    table: StepTable
+    clock: Clock
+    batches: deque[tuple[Any, list[str], float]] = field(default_factory=deque)
+    requests: dict[str, Request] = field(default_factory=dict)
+    made: dict[str, list[float]] = field(default_factory=dict)
+    finished: set[str] = field(default_factory=set)
+    preempted: list[str] = field(default_factory=list)
+    free_at: float = 0.0
+    count: int = 0
+
+    def add(
+        self, row: int = FREE, *, prompt: int = 8, output: int = 10_000, tokens: list[int] | None = None
+    ) -> str:
+        from vllm.sampling_params import SamplingParams
+        from vllm.utils.hashing import sha256
+        from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+        from vllm.v1.request import Request
+
+        init_none_hash(sha256)
+        self.count += 1
+        name = f"r{self.count}"
+        params = SamplingParams(max_tokens=output, ignore_eos=True, extra_args={"boosts_seat": row})
+        rng = random.Random(name)
+        request = Request(
+            name,
+            tokens or [rng.randrange(2_000) for _ in range(prompt)],
+            params,
+            None,
+            block_hasher=get_request_block_hasher(KV_BLOCK, sha256),
+        )
+        self.requests[name] = request
+        self.made[name] = []
+        self.scheduler.add_request(request)
+        return name
+
+    def abort(self, name: str) -> None:
+        from vllm.v1.request import RequestStatus
+
+        self.scheduler.finish_requests([name], RequestStatus.FINISHED_ABORTED)
+        self.finished.add(name)
+
+    def sell(self, g: float, row: int = SOLD, quantity: int = 1) -> None:
+        self.table.write_seat(row, SeatRow(g, 1_000.0, float(quantity), 1.0))
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self.step()
+
+    def step(self) -> Any:
+        scheduler = self.scheduler
+        before = {r.request_id: r.num_preemptions for r in scheduler.requests.values()}
+        running = {r.request_id for r in scheduler.running}
+        output = scheduler.schedule()
+        lost = [r.request_id for r in scheduler.requests.values() if r.num_preemptions > before[r.request_id]]
+        self.preempted += lost
+        self.check(lost, running)
+        sampling = [
+            name for name in output.num_scheduled_tokens if not scheduler.requests[name].is_prefill_chunk
+        ]
+        prompt_tokens = sum(t for n, t in output.num_scheduled_tokens.items() if t > 1)
+        seconds = MACHINE.seconds(prompt_tokens, len(sampling), 0)
+        self.batches.append((output, sampling, max(self.clock.now, self.free_at) + seconds))
+        self.free_at = self.batches[-1][2]
+        if len(self.batches) == 2:
+            self._complete()
+        return output
+
+    def _complete(self) -> None:
+        from vllm.v1.outputs import ModelRunnerOutput
+
+        output, sampling, done_at = self.batches.popleft()
+        self.clock.now = done_at
+        names = list(output.num_scheduled_tokens)
+        results = self.scheduler.update_from_output(
+            output,
+            ModelRunnerOutput(
+                req_ids=names,
+                req_id_to_index={name: place for place, name in enumerate(names)},
+                sampled_token_ids=[[self.count % 2_000] if name in sampling else [] for name in names],
+            ),
+        )
+        for each in (one for batch in results.values() for one in batch.outputs):
+            self.made[each.request_id] += [done_at] * len(each.new_token_ids)
+            if each.finished:
+                self.finished.add(each.request_id)
+
+    def check(self, lost: list[str], running: set[str]) -> None:
+        scheduler = self.scheduler
+        policy = scheduler._step_policy
+        assert set(policy.streams) == set(scheduler.requests)
+        assert len(scheduler.running) <= SLOTS
+        owed = {name for name, stream in policy.streams.items() if stream.owed}
+        if any(name in owed for name in lost):
+            assert not any(r.request_id in running - owed for r in scheduler.running), (
+                "owed work lost to borrowed"
+            )
+
+    def finish(self, steps: int = 20_000) -> None:
+        """Until all is done."""
+        while len(self.finished) < len(self.requests):
+            steps -= 1
+            assert steps > 0, f"unfinished: {set(self.requests) - self.finished}"
+            self.step()
+        self.run(3)
+
+    def rate(self, name: str, since: float) -> float:
+        return sum(at > since for at in self.made[name]) / (self.clock.now - since)
+
+
+@pytest.fixture(scope="module")
+def vllm_config(demo_model: Path) -> VllmConfig:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    return AsyncEngineArgs(
+        model=str(demo_model),
+        max_num_seqs=SLOTS,
+        max_model_len=2_048,
+        max_num_batched_tokens=2_048,
+        block_size=KV_BLOCK,
+        scheduler_cls="serving.step_scheduler.SeatScheduler",
+    ).create_engine_config()
+
+
+@pytest.fixture
+def new_stepper(vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Stepper]:
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+    from vllm.v1.structured_output import StructuredOutputManager
+
+    from serving.step_scheduler import SeatScheduler
+
+    def new(kv_blocks: int = 1_000) -> Stepper:
+        table, path = StepTable.create(MACHINE, 1e9)
+        for row in (SOLD, FREE, OTHER):
+            table.write_seat(row, SeatRow(0.0, 1_000.0, 1.0, 1.0))
+        monkeypatch.setenv(ENVIRONMENT, str(path))
+        clock = Clock()
+        monkeypatch.setattr("serving.step_scheduler.time", clock)
+        vllm_config.cache_config.num_gpu_blocks = kv_blocks
+        spec = FullAttentionSpec(block_size=KV_BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32)
+        scheduler = SeatScheduler(
+            vllm_config,
+            KVCacheConfig(kv_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
+            StructuredOutputManager(vllm_config),
+            block_size=KV_BLOCK,
+            log_stats=True,
+        )
+        path.unlink()
+        return Stepper(scheduler, table, clock)
+
+    return new
+
+
+def test_held_requests_keep_their_slot_and_the_pace_is_kept(new_stepper: Callable[..., Stepper]) -> None:
+    stepper = new_stepper()
+    stepper.sell(420.0)
+    owed = stepper.add(SOLD)
+    borrowed = [stepper.add() for _ in range(SLOTS - 1)]
+    stepper.run(50)
+    since = stepper.clock.now
+    held = []
+    for _ in range(1_000):
+        stepper.step()
+        held.append(stepper.table.read().held)
+        assert len(stepper.scheduler.running) == SLOTS
+    # 2.38 ms have room for three.
+    assert 3 <= sum(held) / len(held) <= 6
+    assert 0.97 * 420.0 <= stepper.rate(owed, since) <= 1.1 * 420.0
+    assert min(stepper.rate(name, since) for name in borrowed) > 30.0
+    for name in stepper.requests:
+        stepper.abort(name)
+    stepper.run(3)
+    assert stepper.table.read().held == 0
+
+
+def test_an_owed_arrival_takes_the_slot_of_a_borrowed_one(new_stepper: Callable[..., Stepper]) -> None:
+    stepper = new_stepper()
+    stepper.sell(100.0)
+    borrowed = [stepper.add(output=200) for _ in range(SLOTS)]
+    stepper.run(20)
+    owed = stepper.add(SOLD, output=50)
+    assert owed in stepper.step().num_scheduled_tokens
+    assert len(stepper.preempted) == 1
+    assert stepper.preempted[0] in borrowed
+    assert stepper.table.read().preempted == 1
+    stepper.finish()
+    assert {len(stepper.made[name]) for name in borrowed} == {200}
+    assert len(stepper.made[owed]) == 50
+
+
+def test_an_owed_arrival_finds_no_slot_among_owed_ones(new_stepper: Callable[..., Stepper]) -> None:
+    stepper = new_stepper()
+    stepper.sell(100.0, quantity=SLOTS)
+    for _ in range(SLOTS):
+        stepper.add(SOLD, output=100)
+    stepper.run(10)
+    stepper.sell(100.0, row=OTHER)
+    stepper.add(OTHER, output=10)
+    stepper.finish()
+    assert stepper.preempted == []
+
+
+def test_decodes_behind_a_prompt_get_their_token_in_every_step(new_stepper: Callable[..., Stepper]) -> None:
+    """vLLM serves `running` in its order, and a borrowed prompt that was kept back stays in front of owed
+    ones that came later: it must not eat the step's tokens."""
+    stepper = new_stepper()
+    stepper.sell(420.0, row=OTHER)
+    first = stepper.add(OTHER)
+    stepper.run(50)
+    long = stepper.add(FREE, prompt=2_000)
+    stepper.run(2)
+    stepper.sell(420.0)
+    late = stepper.add(SOLD, prompt=300)
+    while not stepper.made[late]:
+        stepper.step()
+    assert not stepper.made[long], "the long prompt was to be still under way"
+    passed_over = 0
+    while not stepper.made[long]:
+        scheduled = stepper.step().num_scheduled_tokens
+        passed_over += late not in scheduled
+        passed_over += first not in scheduled
+    assert passed_over == 0
+
+
+def test_full_kv_cache_takes_from_borrowed_work_first(new_stepper: Callable[..., Stepper]) -> None:
+    # 8 sequences of 408 tokens need 208 blocks.
+    stepper = new_stepper(kv_blocks=120)
+    stepper.sell(50.0, quantity=2)
+    owed = [stepper.add(SOLD, output=400) for _ in range(2)]
+    borrowed = [stepper.add(output=400) for _ in range(SLOTS - 2)]
+    stepper.finish()
+    assert stepper.preempted
+    assert not set(stepper.preempted) & set(owed)
+    assert {len(stepper.made[name]) for name in owed + borrowed} == {400}
+    assert max(stepper.made[owed[0]]) < max(stepper.made[borrowed[-1]])
+    assert stepper.scheduler._free_blocks_left() == 119
+
+
+def test_an_owed_prompt_takes_kv_cache_from_borrowed_work(new_stepper: Callable[..., Stepper]) -> None:
+    stepper = new_stepper(kv_blocks=120)
+    stepper.sell(50.0)
+    for _ in range(4):
+        stepper.add(prompt=300, output=200)
+    stepper.run(60)
+    assert stepper.scheduler._free_blocks_left() < 50
+    owed = stepper.add(SOLD, prompt=900, output=100)
+    stepper.run(10)
+    assert stepper.made[owed]
+    stepper.finish()
+    assert len(stepper.made[owed]) == 100
+
+
+def test_what_the_prefix_cache_had_is_not_prefilled_for_the_policy(
+    new_stepper: Callable[..., Stepper],
+) -> None:
+    stepper = new_stepper()
+    tokens = list(range(500))
+    stepper.add(tokens=tokens, output=5)
+    stepper.finish()
+    again = stepper.add(tokens=tokens, output=50)
+    scheduled = stepper.step().num_scheduled_tokens
+    assert scheduled[again] == 500 - 496
+    stream = stepper.scheduler._step_policy.streams[again]
+    assert (stream.decoding, stream.computed) == (True, 500)
+    stepper.run(10)
+    assert stream.computed == stepper.scheduler.requests[again].num_computed_tokens
+
+
+def test_a_block_that_ends_makes_running_streams_borrowed(new_stepper: Callable[..., Stepper]) -> None:
+    stepper = new_stepper()
+    stepper.sell(480.0)
+    stepper.add(SOLD)
+    for _ in range(SLOTS - 1):
+        stepper.add()
+    stepper.run(100)
+    assert stepper.table.read().held > 0
+    stepper.sell(0.0)
+    stepper.run(20)
+    readings = stepper.table.read()
+    assert (readings.held, readings.allowed_s) == (0, 0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_order_of_arrivals_and_ends_leaves_nothing_behind(
+    new_stepper: Callable[..., Stepper], seed: int
+) -> None:
+    rng = random.Random(seed)
+    kv_blocks = rng.choice((140, 1_000))
+    stepper = new_stepper(kv_blocks)
+    prefix = [rng.randrange(2_000) for _ in range(200)]
+    for _ in range(600):
+        chance = rng.random()
+        if chance < 0.15:
+            tokens = prefix[: rng.randint(1, 200)] + [
+                rng.randrange(2_000) for _ in range(rng.randint(1, 600))
+            ]
+            stepper.add(
+                rng.choice((NOBODY, SOLD, FREE, OTHER)),
+                tokens=tokens,
+                output=rng.choice((1, 2, 20, 150, 400)),
+            )
+        elif chance < 0.18:
+            stepper.sell(
+                rng.choice((0.0, 20.0, 300.0, 480.0, 5_000.0)), rng.choice((SOLD, OTHER)), rng.randint(1, 3)
+            )
+        elif chance < 0.22 and (alive := sorted(set(stepper.requests) - stepper.finished)):
+            stepper.abort(rng.choice(alive))
+        stepper.step()
+    stepper.sell(20.0)
+    stepper.sell(0.0, OTHER)
+    stepper.finish()
+    for name, request in stepper.requests.items():
+        made = len(stepper.made[name])
+        assert made == request.max_tokens or request.status.name == "FINISHED_ABORTED"
+    assert not stepper.scheduler._step_policy.streams
+    assert stepper.scheduler._free_blocks_left() == kv_blocks - 1
+    readings = stepper.table.read()
+    assert readings.held == 0
+    assert readings.steps > 600
+
+
+# --- the whole engine ----------------------------------------------------------------------------
+
+
+@dataclass
+class Answer:
+    """What one streamed request brought."""
+
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[float] = field(default_factory=list)
+    finish_reasons: dict[int, str] = field(default_factory=dict)
+    by_choice: dict[int, list[int]] = field(default_factory=dict)
+    at: list[float] = field(default_factory=list)
+    """When its tokens came."""
+    began: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        return len(self.at[1:]) / (self.at[-1] - self.at[0])
+
+
+def body(number: int, *, output: int = 300, **more: Any) -> dict[str, Any]:
+    """Requests differ by number. Not by seeds: vLLM on a CPU dies of a seeded prompt in several pieces."""
+    return {
+        "model": "demo",
+        "prompt": f"def f{number}(x):" + " x" * (number % 7),
+        "max_tokens": output,
+        "ignore_eos": True,
+        "stream": True,
+        "return_token_ids": True,
+        "temperature": 0.0,
+        **more,
+    }
+
+
+class Clients:
+    """Streams of one node, all on one event loop."""
+
+    def __init__(self, node: RunningNode, client: httpx.AsyncClient) -> None:
+        self.node = node
+        self.client = client
+
+    async def stream(self, seat: Seat, request: dict[str, Any], answer: Answer | None = None) -> Answer:
+        answer = answer or Answer()
+        answer.began = time.monotonic()
+        url = self.node.url + ("/v1/chat/completions" if "messages" in request else "/v1/completions")
+        async with self.client.stream("POST", url, headers=seat.headers, json=request) as response:
+            assert response.status_code == 200, await response.aread()
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    self._read(json.loads(line.removeprefix("data: ")), answer)
+        return answer
+
+    @staticmethod
+    def _read(chunk: dict[str, Any], answer: Answer) -> None:
+        assert "error" not in chunk, chunk
+        for choice in chunk["choices"]:
+            new = choice.get("token_ids") or []
+            answer.token_ids += new
+            answer.by_choice.setdefault(choice["index"], []).extend(new)
+            answer.at += [time.monotonic()] * len(new)
+            answer.text += choice.get("text") or choice.get("delta", {}).get("content") or ""
+            if choice.get("logprobs"):
+                answer.logprobs += choice["logprobs"]["token_logprobs"]
+            if choice.get("finish_reason"):
+                answer.finish_reasons[choice["index"]] = choice["finish_reason"]
+
+    async def metric(self, name: str) -> float:
+        text = (await self.client.get(f"{self.node.stats_url}/metrics")).text
+        [value] = re.findall(rf"^{name} (\S+)$", text, re.MULTILINE)
+        return float(value)
+
+    async def until(self, condition: Callable[[], Any], timeout_s: float = 20.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not await condition():
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.02)
+
+    async def watch(self, name: str, seen: list[float]) -> None:
+        while True:
+            seen.append(await self.metric(name))
+            await asyncio.sleep(0.02)
+
+
+def on_node(node: RunningNode, run: Callable[[Clients], Any]) -> Any:
+    async def main() -> Any:
+        limits = httpx.Limits(max_connections=100)
+        async with httpx.AsyncClient(timeout=60, limits=limits) as client, asyncio.timeout(60):
+            return await run(Clients(node, client))
+
+    return asyncio.run(main())
+
+
+@pytest.fixture(scope="module")
+def step_node(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Iterator[RunningNode]:
+    """8 slots, and a KV cache that holds 8 sequences of 700 tokens, not of 1,400."""
+    node = RunningNode(tmp_path_factory.mktemp("steps"), free_port(), free_port(), demo_model)
+    node.publish()
+    flags = f"--max-num-seqs {SLOTS} --max-model-len 2048 --block-size 32 --num-gpu-blocks-override 200"
+    process = start_serving(node, engine_flags=tuple(flags.split()))
+    try:
+        yield node
+    finally:
+        stop_group(process)
+
+
+TIGHT = 0.85
+"""A guarantee of this share of what one stream makes alone leaves a full batch no room."""
+
+
+@pytest.fixture(scope="module")
+def solo_tok_s(step_node: RunningNode) -> float:
+    """What one stream makes alone."""
+    seat = step_node.new_seat()
+
+    async def measure(clients: Clients) -> float:
+        return max([(await clients.stream(seat, body(0, output=400))).rate for _ in range(3)])
+
+    rate: float = on_node(step_node, measure)
+    step_node.drop_seat(seat)
+    return rate
+
+
+@pytest.fixture
+def sell(step_node: RunningNode) -> Iterator[Callable[..., Seat]]:
+    """A seat with its guarantee, for one test."""
+    seats = []
+
+    def new(guarantee_tok_s: float, **terms: Any) -> Seat:
+        step_node.guarantee_tok_s = guarantee_tok_s
+        seats.append(step_node.new_seat(**terms))
+        return seats[-1]
+
+    yield new
+    step_node.guarantee_tok_s = 5.0
+    for seat in seats:
+        step_node.drop_seat(seat)
+    wait_for(lambda: all(s["in_flight"] == 0 for s in step_node.all_seat_stats()))
+
+
+async def alone(clients: Clients, seat: Seat, requests: list[dict[str, Any]]) -> list[Answer]:
+    return [await clients.stream(seat, request) for request in requests]
+
+
+async def beside(
+    clients: Clients, hog: Seat, owed: Seat, requests: list[dict[str, Any]], owed_request: dict[str, Any]
+) -> tuple[list[Answer], Answer, list[float]]:
+    """The hog's requests all at once, and the owed one once they run; the numbers held meanwhile."""
+    seen: list[float] = []
+    watcher = asyncio.create_task(clients.watch("boosts_held_sequences", seen))
+    running = [asyncio.create_task(clients.stream(hog, request)) for request in requests]
+    await asyncio.sleep(0.1)
+    answer = await clients.stream(owed, owed_request)
+    answers = list(await asyncio.gather(*running))
+    watcher.cancel()
+    return answers, answer, seen
+
+
+def test_held_streams_all_finish_with_the_same_tokens_as_alone(
+    step_node: RunningNode, solo_tok_s: float, sell: Callable[..., Seat]
+) -> None:
+    hog, owed = sell(TIGHT * solo_tok_s), sell(TIGHT * solo_tok_s)
+    requests = [body(number) for number in range(SLOTS - 1)]
+
+    async def run(clients: Clients) -> None:
+        expected = await alone(clients, hog, [*requests, body(99, output=600)])
+        answers, answer, held = await beside(clients, hog, owed, requests, body(99, output=600))
+        assert max(held) > 0
+        assert [len(each.token_ids) for each in answers] == [300] * len(requests)
+        for got, wanted in zip([*answers, answer], expected, strict=True):
+            assert got.token_ids == wanted.token_ids
+
+    on_node(step_node, run)
+    assert step_node.seat_stats(hog)["held_s"] > 0
+    assert step_node.seat_stats(owed)["held_s"] == 0
+
+
+def test_an_owed_arrival_takes_a_slot_and_the_preempted_one_completes(
+    step_node: RunningNode, solo_tok_s: float, sell: Callable[..., Seat]
+) -> None:
+    hog, owed = sell(0.3 * solo_tok_s), sell(0.3 * solo_tok_s)
+    requests = [body(number, output=600) for number in range(SLOTS)]
+
+    async def run(clients: Clients) -> None:
+        expected = await alone(clients, hog, requests)
+        before = await clients.metric("boosts_preempted_sequences_total")
+        running = [asyncio.create_task(clients.stream(hog, request)) for request in requests]
+        await asyncio.sleep(0.3)
+        assert await clients.metric("boosts_in_flight_sequences") == SLOTS
+        answer = await clients.stream(owed, body(50, output=20))
+        first_token_s = answer.at[0] - answer.began
+        answers = await asyncio.gather(*running)
+        assert await clients.metric("boosts_preempted_sequences_total") > before
+        # The first place that a hog would have left by itself came much later.
+        assert answer.at[0] + 2 * first_token_s < min(each.at[-1] for each in answers)
+        assert first_token_s < 0.5
+        for got, wanted in zip(answers, expected, strict=True):
+            assert got.token_ids == wanted.token_ids
+
+    on_node(step_node, run)
+
+
+def test_full_kv_cache_never_slows_an_owed_stream_for_borrowed_ones(
+    step_node: RunningNode, solo_tok_s: float, sell: Callable[..., Seat]
+) -> None:
+    """8 streams of 1,400 tokens are almost twice what the KV cache holds."""
+    hog, owed = sell(0.2 * solo_tok_s), sell(0.2 * solo_tok_s)
+    requests = [body(number, output=1_400) for number in range(SLOTS - 1)]
+
+    async def run(clients: Clients) -> None:
+        before = await clients.metric("boosts_preempted_sequences_total")
+        answers, answer, _ = await beside(clients, hog, owed, requests, body(60, output=1_400))
+        assert await clients.metric("boosts_preempted_sequences_total") > before
+        assert [len(each.token_ids) for each in answers] == [1_400] * len(requests)
+        assert len(answer.token_ids) == 1_400
+        # A preempted stream stands still until there is KV cache again.
+        gaps = [b - a for a, b in zip(answer.at, answer.at[1:], strict=False)]
+        assert max(gaps) < 0.5
+        assert answer.at[-1] < max(each.at[-1] for each in answers)
+
+    on_node(step_node, run)
+
+
+def test_structured_output_stays_valid_while_held(
+    step_node: RunningNode, solo_tok_s: float, sell: Callable[..., Seat]
+) -> None:
+    hog, owed = sell(TIGHT * solo_tok_s), sell(TIGHT * solo_tok_s)
+    pattern = r"name: [a-z]{10}; numbers:( [0-9]{3},){120} end"
+    chats = [
+        {
+            "model": "demo",
+            "messages": [{"role": "user", "content": f"number {number}"}],
+            "max_tokens": 1_500,
+            "stream": True,
+            "temperature": 1.0,
+            "structured_outputs": {"regex": pattern},
+        }
+        for number in range(SLOTS - 1)
+    ]
+
+    async def run(clients: Clients) -> None:
+        answers, _, held = await beside(clients, hog, owed, chats, body(70, output=800))
+        assert max(held) > 0
+        for each in answers:
+            assert each.finish_reasons == {0: "stop"}
+            assert re.fullmatch(pattern, each.text)
+
+    on_node(step_node, run)
+
+
+def test_clients_that_leave_while_held_leave_nothing_behind(
+    step_node: RunningNode, solo_tok_s: float, sell: Callable[..., Seat]
+) -> None:
+    # More than the machine can do, so that all that is borrowed stays held.
+    hog, owed = sell(0.9 * solo_tok_s), sell(0.9 * solo_tok_s)
+
+    async def run(clients: Clients) -> None:
+        running = [
+            asyncio.create_task(clients.stream(hog, body(number, output=1_500)))
+            for number in range(SLOTS - 1)
+        ]
+        await asyncio.sleep(0.2)
+        paced = asyncio.create_task(clients.stream(owed, body(80, output=1_500)))
+
+        async def some_held() -> bool:
+            return await clients.metric("boosts_held_sequences") > 0
+
+        async def none_in_flight() -> bool:
+            return await clients.metric("boosts_in_flight_sequences") == 0
+
+        async def none_held() -> bool:
+            return await clients.metric("boosts_held_sequences") == 0
+
+        await clients.until(some_held)
+        for task in [*running, paced]:
+            task.cancel()
+        await asyncio.gather(*running, paced, return_exceptions=True)
+        await clients.until(none_in_flight)
+        await clients.until(none_held)
+        fresh = await asyncio.gather(*(clients.stream(hog, body(n, output=50)) for n in range(SLOTS)))
+        assert [len(each.token_ids) for each in fresh] == [50] * SLOTS
+
+    on_node(step_node, run)
+    wait_for(lambda: engine_running(step_node) == 0)
+
+
+def test_shared_prefixes_while_held(
+    step_node: RunningNode, solo_tok_s: float, sell: Callable[..., Seat]
+) -> None:
+    hog, owed = sell(TIGHT * solo_tok_s), sell(TIGHT * solo_tok_s)
+    prefix = "import os\n" * 100
+    requests = [body(number, prompt=f"{prefix} # {number}", output=150) for number in range(SLOTS - 1)]
+
+    async def run(clients: Clients) -> None:
+        expected = await alone(clients, hog, requests)
+        cached = await clients.metric("boosts_cached_tokens_total")
+        answers, answer, held = await beside(clients, hog, owed, requests, body(90, output=500))
+        assert await clients.metric("boosts_cached_tokens_total") > cached
+        assert max(held) > 0
+        assert len(answer.token_ids) == 500
+        for got, wanted in zip(answers, expected, strict=True):
+            assert got.token_ids == wanted.token_ids
+
+    on_node(step_node, run)
+
+
+def test_logprobs_stop_strings_and_two_answers_while_held(
+    step_node: RunningNode, solo_tok_s: float, sell: Callable[..., Seat]
+) -> None:
+    hog, owed = sell(TIGHT * solo_tok_s), sell(TIGHT * solo_tok_s)
+    requests = [
+        body(1, output=200, logprobs=3),
+        body(3, output=200, logprobs=1),
+        body(2, output=200, n=2, temperature=1.0),
+        body(4, output=200, stop=["e", "zzz"], include_stop_str_in_output=True),
+        body(6, output=200, n=2, logprobs=1, temperature=1.0),
+    ]
+
+    async def run(clients: Clients) -> None:
+        expected = await alone(clients, hog, requests)
+        answers, _, held = await beside(clients, hog, owed, requests, body(91, output=500))
+        assert max(held) > 0
+        for place in (0, 1, 3):
+            assert answers[place].by_choice == expected[place].by_choice
+            assert answers[place].finish_reasons == expected[place].finish_reasons
+        for got in (answers[0], answers[1]):
+            assert len(got.logprobs) == 200
+        assert set(answers[2].by_choice) == {0, 1}
+        assert answers[3].text.endswith("e") or answers[3].finish_reasons == {0: "length"}
+        assert len(answers[2].by_choice[0]) == len(answers[2].by_choice[1]) == 200
+
+    on_node(step_node, run)
+
+
+def test_block_end_makes_running_streams_borrowed(
+    step_node: RunningNode, solo_tok_s: float, sell: Callable[..., Seat]
+) -> None:
+    hog = sell(TIGHT * solo_tok_s)
+    ending = sell(TIGHT * solo_tok_s, blocks=ending_block(3))
+
+    async def run(clients: Clients) -> None:
+        paced = asyncio.create_task(clients.stream(ending, body(92, output=1_900)))
+        requests = [body(number, output=1_500) for number in range(1, SLOTS - 1)]
+        running = [asyncio.create_task(clients.stream(hog, request)) for request in requests]
+        answers = await asyncio.gather(paced, *running)
+        assert len(answers[0].token_ids) == 1_900
+        assert [len(each.token_ids) for each in answers[1:]] == [1_500] * len(requests)
+
+    on_node(step_node, run)
+    assert step_node.seat_stats(hog)["held_s"] > 0
+    # Once it was borrowed, it was held for the hog's own owed stream.
+    assert step_node.seat_stats(ending)["held_s"] > 0
+
+
+# --- what it was not written for -----------------------------------------------------------------
+
+
+def test_another_vllm_is_refused_by_name(vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    from serving import step_scheduler
+
+    step_scheduler._refuse_unknown(vllm_config)
+    monkeypatch.setattr(step_scheduler, "vllm_version", "0.33.0")
+    with pytest.raises(ValueError, match=r"vLLM 0\.32\.x, not 0\.33\.0"):
+        step_scheduler._refuse_unknown(vllm_config)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "value", "said"),
+    [
+        ("parallel_config", "pipeline_parallel_size", 2, "tensor parallelism"),
+        ("parallel_config", "data_parallel_size", 2, "tensor parallelism"),
+        ("scheduler_config", "policy", "priority", "--scheduling-policy"),
+    ],
+)
+def test_configurations_it_was_not_written_for_are_refused(
+    vllm_config: VllmConfig, place: str, name: str, value: object, said: str
+) -> None:
+    from serving import step_scheduler
+
+    parallel, scheduling = vllm_config.parallel_config, vllm_config.scheduler_config
+    figures = {
+        "parallel_config": SimpleNamespace(
+            pipeline_parallel_size=parallel.pipeline_parallel_size,
+            data_parallel_size=parallel.data_parallel_size,
+        ),
+        "scheduler_config": SimpleNamespace(policy=scheduling.policy),
+    }
+    config: Any = SimpleNamespace(**figures)
+    step_scheduler._refuse_unknown(config)
+    setattr(figures[place], name, value)
+    with pytest.raises(ValueError, match=said):
+        step_scheduler._refuse_unknown(config)
+
+
+def test_an_operators_own_scheduler_is_refused(tmp_path: Path, demo_model: Path) -> None:
+    node = RunningNode(tmp_path, free_port(), free_port(), demo_model)
+    node.publish()
+    ended = run_serving(node, "--", "--scheduler-cls", "vllm.v1.core.sched.scheduler.Scheduler")
+    assert ended.returncode == 1
+    assert "--scheduler-cls is set by the node itself" in ended.stderr

@@ -1,0 +1,164 @@
+"""What is kept of a run's measurements for the next start."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import logging
+from pathlib import Path
+
+import pytest
+
+from contract.capacity import NodeCapacity
+from contract.step_time import StepTime
+from scheduler import Capacity
+from serving import capacity as module
+from serving.capacity import ENOUGH_SAMPLES, CapacityFile, first_guess, keep, measured
+from serving.step_table import StepTable
+
+CAPACITY = Capacity(slots=64, kv_tokens=100_000)
+KNOWN = NodeCapacity(
+    model_id="m",
+    base_s=2e-3,
+    prefill_token_s=3e-5,
+    decode_s=4e-5,
+    kv_token_s=5e-9,
+    experts_s=6e-3,
+    active_share=0.125,
+    slots=64,
+    kv_tokens=100_000,
+    error=0.03,
+    measured_at=datetime.datetime(2026, 5, 1, 12, tzinfo=datetime.UTC),
+)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> CapacityFile:
+    return CapacityFile(tmp_path / "capacity.json", "m")
+
+
+@pytest.fixture
+def table() -> StepTable:
+    """Of an engine that has measured enough."""
+    table, path = StepTable.create(StepTime(1e-3, 1e-6, 1e-6, 1e-9), 1.0)
+    path.unlink()
+    table.write(model_samples=1_000, model_error=0.05, base_s=4e-3, prefill_token_s=5e-5, decode_s=6e-5)
+    return table
+
+
+def test_what_was_written_is_read(file: CapacityFile) -> None:
+    file.write(KNOWN)
+    assert file.read() == KNOWN
+
+
+def test_without_a_file_nothing_is_known(file: CapacityFile, caplog: pytest.LogCaptureFixture) -> None:
+    assert file.read() is None
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"{", b"null", b"[]", b"\xff\xfe\x00", b'{"model_id": "m"}'),
+        *(KNOWN.model_dump_json().encode()[:-20], KNOWN.model_dump_json().replace("0.002", "-1").encode()),
+        KNOWN.model_dump_json().replace("0.002", "1e999").encode(),
+    ],
+)
+def test_a_broken_file_is_told_of_and_passed_over(
+    file: CapacityFile, tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "capacity.json"
+    path.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        assert file.read() is None
+    assert str(path) in caplog.text
+    # The next save mends it.
+    file.write(KNOWN)
+    assert file.read() == KNOWN
+
+
+def test_a_folder_in_its_place_is_told_of_and_passed_over(
+    file: CapacityFile, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "capacity.json").mkdir()
+    assert file.read() is None
+    assert "capacity.json" in caplog.text
+
+
+def test_another_models_is_passed_over(file: CapacityFile, tmp_path: Path) -> None:
+    file.write(KNOWN)
+    assert CapacityFile(tmp_path / "capacity.json", "another").read() is None
+
+
+def test_a_failed_write_leaves_the_old_file_whole(
+    file: CapacityFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file.write(KNOWN)
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("serving.capacity.os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        file.write(KNOWN.model_copy(update={"slots": 1}))
+    assert file.read() == KNOWN
+
+
+def test_a_write_leaves_nothing_beside(file: CapacityFile, tmp_path: Path) -> None:
+    file.write(KNOWN)
+    file.write(KNOWN)
+    assert [path.name for path in tmp_path.iterdir()] == ["capacity.json"]
+
+
+def test_too_few_steps_measure_nothing(table: StepTable) -> None:
+    table.write(model_samples=ENOUGH_SAMPLES - 1)
+    assert measured(table, "m", CAPACITY) is None
+    table.write(model_samples=ENOUGH_SAMPLES)
+    assert measured(table, "m", CAPACITY) is not None
+
+
+def test_what_is_measured_is_the_engines_fit(table: StepTable) -> None:
+    found = measured(table, "m", CAPACITY)
+    assert found is not None
+    assert found.step_time == StepTime(4e-3, 5e-5, 6e-5, 0.0)
+    assert (found.slots, found.kv_tokens, found.error) == (64, 100_000, 0.05)
+
+
+def test_the_first_guess_knows_of_experts_only_in_a_mixture() -> None:
+    assert first_guess(0.0).experts_s == 0.0
+    assert first_guess(0.125).experts_s > 0.0
+    assert first_guess(0.125).active_share == 0.125
+
+
+async def test_the_fit_is_saved_once_more_at_the_end(file: CapacityFile, table: StepTable) -> None:
+    task = asyncio.create_task(keep(file, table, "m", CAPACITY))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    saved = file.read()
+    assert saved is not None
+    assert saved.base_s == 4e-3
+
+
+async def test_the_fit_is_saved_now_and_then(
+    file: CapacityFile, table: StepTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SAVE_S", 0.01)
+    task = asyncio.create_task(keep(file, table, "m", CAPACITY))
+    async with asyncio.timeout(10):
+        while file.read() is None:  # noqa: ASYNC110 - what is waited for is a file
+            await asyncio.sleep(0.01)
+    task.cancel()
+
+
+async def test_a_disk_that_takes_nothing_ends_no_node(
+    tmp_path: Path, table: StepTable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "SAVE_S", 0.01)
+    file = CapacityFile(tmp_path / "no such folder" / "capacity.json", "m")
+    task = asyncio.create_task(keep(file, table, "m", CAPACITY))
+    await asyncio.sleep(0.1)
+    assert not task.done()
+    assert "cannot save" in caplog.text
+    task.cancel()
