@@ -58,7 +58,9 @@ class StepTimeFit:
         self._active_share = seed.active_share
         self._terms = _scaled(seed)
         self._raw = seed
-        self._scale = 0.1
+        self._scales = [0.1, 0.1]
+        """Usual relative residuals, of steps without and with a prompt: where prompts are rare, a wrong
+        price of theirs must not pass for an outlier."""
         self._rows = [[0.0] * _TERMS for _ in range(_TERMS)]
         self._sums = [0.0] * _TERMS
         self._prior = [0.0] * _TERMS
@@ -89,9 +91,12 @@ class StepTimeFit:
         row = _row(self._raw, prefill_tokens, decodes, kv_tokens)
         fitted = max(1e-6, sum(map(mul, self._terms, row)))
         residual = seconds / (fitted * self.speed) - 1.0
-        limit = _HUBER * self._scale
+        kind = int(prefill_tokens > 0)
+        limit = _HUBER * self._scales[kind]
         clipped = max(-limit, min(limit, residual))
-        self._scale = max(_LEAST_SCALE, self._scale + 0.05 * (abs(clipped) - self._scale))
+        self._scales[kind] = max(
+            _LEAST_SCALE, self._scales[kind] + 0.05 * (abs(clipped) - self._scales[kind])
+        )
         self.error += _ERROR_GAIN * (min(1.0, abs(residual)) - self.error)
         self.speed *= 1.0 + _SPEED_GAIN * clipped
         # The clipped time, not the measured one: an outlier pulls by its sign, not by its size.

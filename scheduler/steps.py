@@ -455,8 +455,10 @@ class StepPolicy:
         """Let in no more than are of use; more at once only bit by bit."""
         if self.borrowed_limit < UNLIMITED:
             doublings = min(20.0, (now - self._limited_at) / self.rules.ramp_s)
-            useful = min(useful, int(self.borrowed_limit * 2.0**doublings) + 1)
-            self._until_review = min(self._until_review, 4)
+            ramped = int(self.borrowed_limit * 2.0**doublings) + 1
+            if ramped < useful:
+                useful = ramped
+                self._until_review = min(self._until_review, 4)
         self.borrowed_limit = min(UNLIMITED, max(1, useful))
         self._limited_at = now
 

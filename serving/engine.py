@@ -71,22 +71,24 @@ class SeatLLM(AsyncLLM):
         async for _ in super().generate(prompt, params, "warm-up"):
             pass
 
-    async def measure(self) -> None:
-        """Run batches of many sizes, from which the step scheduler learns the machine's step time."""
+    async def measure(self) -> bool:
+        """Run batches of many sizes, from which the step scheduler learns the machine's step time; False if
+        the machine is too slow to run them all in reasonable time."""
         slots = self.scheduler_config.max_num_seqs
         length = min(_MEASURED_PROMPT, self.model_config.max_model_len // 2)
         give_up_at = time.monotonic() + _MEASURE_S
-        batches = [(1, 1, 16), *((count, 16, 24) for count in (1, slots // 8, slots // 2, slots) if count)]
-        batches += [(1, length, 1)] * 4 + [(min(8, slots), length, 24)]
+        batches = [(1, 1, 16), (1, length, 1), (slots, 16, 24), (1, length, 1), (min(8, slots), length, 24)]
+        batches += [(count, 16, 24) for count in (1, slots // 8, slots // 2) if count] + [(1, length, 1)] * 2
         for number, (count, input_tokens, output_tokens) in enumerate(batches):
             if time.monotonic() > give_up_at:
-                return
+                return False
             await asyncio.gather(
                 *(
                     self._run_once(f"measure-{number}-{place}", input_tokens, output_tokens)
                     for place in range(count)
                 )
             )
+        return True
 
     async def _run_once(self, request_id: str, input_tokens: int, output_tokens: int) -> None:
         """One request of random tokens, so that no prefix cache shortens it."""

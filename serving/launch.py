@@ -171,8 +171,8 @@ async def _run(
         await engine.warm_up()
         if known is None:
             log.info("measuring how fast this machine is")
-            await engine.measure()
-            table.trust(TRUSTED_SAMPLES)
+            if await engine.measure():
+                table.trust(TRUSTED_SAMPLES)
         REGISTRY.register(NodeCollector(node))
         stats = StatsServer(
             node,

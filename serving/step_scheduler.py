@@ -238,3 +238,7 @@ def _refuse_unknown(config: VllmConfig) -> None:
         raise ValueError(
             "the step scheduler replaces vLLM's scheduling policy; leave --scheduling-policy alone"
         )
+    if not config.scheduler_config.enable_chunked_prefill:
+        raise ValueError("the step scheduler limits prompts per step; leave --enable-chunked-prefill on")
+    if config.lora_config is not None or config.kv_transfer_config is not None:
+        raise ValueError("the step scheduler knows neither LoRA adapters nor KV connectors; leave them out")

@@ -762,6 +762,7 @@ def test_another_vllm_is_refused_by_name(vllm_config: VllmConfig, monkeypatch: p
         ("parallel_config", "pipeline_parallel_size", 2, "tensor parallelism"),
         ("parallel_config", "data_parallel_size", 2, "tensor parallelism"),
         ("scheduler_config", "policy", "priority", "--scheduling-policy"),
+        ("scheduler_config", "enable_chunked_prefill", False, "--enable-chunked-prefill"),
     ],
 )
 def test_configurations_it_was_not_written_for_are_refused(
@@ -775,12 +776,30 @@ def test_configurations_it_was_not_written_for_are_refused(
             pipeline_parallel_size=parallel.pipeline_parallel_size,
             data_parallel_size=parallel.data_parallel_size,
         ),
-        "scheduler_config": SimpleNamespace(policy=scheduling.policy),
+        "scheduler_config": SimpleNamespace(
+            policy=scheduling.policy, enable_chunked_prefill=scheduling.enable_chunked_prefill
+        ),
     }
-    config: Any = SimpleNamespace(**figures)
+    config: Any = SimpleNamespace(**figures, lora_config=None, kv_transfer_config=None)
     step_scheduler._refuse_unknown(config)
     setattr(figures[place], name, value)
     with pytest.raises(ValueError, match=said):
+        step_scheduler._refuse_unknown(config)
+
+
+@pytest.mark.parametrize("name", ["lora_config", "kv_transfer_config"])
+def test_lora_and_kv_connectors_are_refused(vllm_config: VllmConfig, name: str) -> None:
+    from serving import step_scheduler
+
+    config: Any = SimpleNamespace(
+        parallel_config=vllm_config.parallel_config,
+        scheduler_config=vllm_config.scheduler_config,
+        lora_config=None,
+        kv_transfer_config=None,
+    )
+    step_scheduler._refuse_unknown(config)
+    setattr(config, name, object())
+    with pytest.raises(ValueError, match="neither LoRA adapters nor KV connectors"):
         step_scheduler._refuse_unknown(config)
 
 
