@@ -27,7 +27,7 @@ examples:
   boosts bench fairness --rounds 0 --pairs 20
       only the lone seat's throughput against plain vLLM, in 20 pairs
   boosts bench fairness --rounds 0 --lone-connections 64
-      the same with as many streams as slots: shows the price of the reserve for idle seats
+      the same with as many streams as slots
   boosts bench guarantee
       every promise of the scheduler against a real vLLM, row by row, about 45 minutes
   boosts bench guarantee --only pace,isolation

@@ -74,8 +74,7 @@ class Config:
     few_connections: int = 80
     many_connections: int = 200
     lone_connections: int = 48
-    """Fewer than the slots less those that admission keeps free for the idle seats: with more, the figure
-    shows the price of the reserve."""
+    """Fewer than the slots; with more, the figure shows also how soon a freed slot is filled again."""
     guarantee_tok_s: float = 20.0
     share_input: Lengths = _SHORT
     share_output: Lengths = _SHORT

@@ -94,7 +94,8 @@ class Paced:
     input_tokens: Lengths
     output_tokens: Lengths
     seed: str
-    pacing: Literal["poisson", "fixed"] = "poisson"
+    pacing: Literal["poisson", "fixed", "jittered"] = "poisson"
+    """Jittered intervals are between half and one and a half of `interval_s`."""
     max_requests: int = 10_000
     awaited: bool = True
     """Whether the phase ends only when its open requests are answered."""
@@ -104,8 +105,17 @@ class Paced:
         rng = random.Random(f"{self.seed}/{self.name}/pace")
         due_s = 0.0
         for _ in range(self.max_requests):
-            due_s += rng.expovariate(1 / self.interval_s) if self.pacing == "poisson" else self.interval_s
+            due_s += self.interval_s * self._interval(rng)
             yield due_s
+
+    def _interval(self, rng: random.Random) -> float:
+        match self.pacing:
+            case "poisson":
+                return rng.expovariate(1.0)
+            case "jittered":
+                return rng.uniform(0.5, 1.5)
+            case "fixed":
+                return 1.0
 
 
 Client = ClosedLoop | Paced

@@ -100,9 +100,15 @@ def bench(context: typer.Context) -> None:
     arguments = list(context.args)
     wants_model = bool(arguments) and not {"-h", "--help"} & set(arguments)
     if wants_model and not any(argument.startswith("--model") for argument in arguments):
+        from benchmarks.guarantee import DEMO_LAYERS
         from boosts.demo_model import build_demo_model
 
-        arguments += ["--model", str(build_demo_model(home_folder(os.environ) / "demo-model"))]
+        folder = home_folder(os.environ)
+        if arguments[0] == "guarantee":
+            model = build_demo_model(folder / f"demo-model-{DEMO_LAYERS}", DEMO_LAYERS)
+        else:
+            model = build_demo_model(folder / "demo-model")
+        arguments += ["--model", str(model)]
     raise typer.Exit(bench_main(arguments))
 
 

@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_demo_model(folder: Path) -> Path:
+def build_demo_model(folder: Path, layers: int = 2) -> Path:
     """Write config, weights, tokenizer and chat template to `folder`; an existing build is kept.
 
     The build happens beside the target and is moved into place whole, so an interrupted build never
@@ -38,7 +38,7 @@ def build_demo_model(folder: Path) -> Path:
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     _write_tokenizer(building)
-    _write_weights(building)
+    _write_weights(building, layers)
     shutil.rmtree(folder, ignore_errors=True)
     building.rename(folder)
     return folder
@@ -76,7 +76,7 @@ def _write_tokenizer(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
 
-def _write_weights(folder: Path) -> None:
+def _write_weights(folder: Path, layers: int) -> None:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
     from transformers.utils import logging
@@ -87,7 +87,7 @@ def _write_weights(folder: Path) -> None:
         vocab_size=VOCAB_SIZE,
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,

@@ -6,7 +6,8 @@ Theory of operation (docs/scheduling.md derives the bounds):
   once, earliest first-token deadline first, whatever is in the engine: there the step policy
   (`scheduler.steps`) takes a slot or KV cache from borrowed work for it. All other work is *borrowed*;
   so is a request wider than the seat's unused seats. It enters while slots and KV cache are free, and
-  while the step policy has use for it: what would only be held waits here, where the order is fair.
+  while the step policy has use for it: what would only be held waits here, where the order is fair. A few
+  slots stay free while owed requests keep coming; else a few sequences enter ahead of their slots.
 * Borrowed work is ordered by start-time fair queuing (Goyal, Vin, Cheng, SIGCOMM 1996). A seat's
   `tag` is its virtual time: at dispatch it grows by `cost / weight` with the expected output; while
   tokens flow it is corrected upwards when the output outgrows the expectation, and downwards at the
@@ -112,7 +113,7 @@ class Admission:
     """The admission stage of one node. Single-threaded; every ticket ends exactly once.
 
     Invariants: owed work in flight never exceeds the slots, and borrowed work enters only where all work
-    leaves one free; `virtual_time` never decreases; a seat with a queue is in a heap.
+    leaves one free, or ahead of one; `virtual_time` never decreases; a seat with a queue is in a heap.
     """
 
     def __init__(self, capacity: Capacity, policy: Policy | None = None) -> None:
@@ -127,6 +128,8 @@ class Admission:
         self._owed_in_flight = 0
         self._kv_in_use = 0
         self._owed_kv_in_use = 0
+        self._ends = _Rate(1.0)
+        self._owed_entries = _Rate(4.0)
         self._last_number = 0
         self._queued: OrderedDict[int, Ticket] = OrderedDict()
         self._fair = _SeatHeap(lambda seat: seat.tag)
@@ -207,7 +210,7 @@ class Admission:
         entering: list[Ticket] = []
         while True:
             seat = self._owed.peek(_is_owed) or self._fair.peek(_is_backlogged)
-            if seat is None or not self._fits(_head(seat), owed=_is_owed(seat)):
+            if seat is None or not self._fits(_head(seat), now, owed=_is_owed(seat)):
                 return entering
             entering.append(self._start(_head(seat), now, owed=_is_owed(seat)))
 
@@ -421,7 +424,17 @@ class Admission:
             seat.tag = self.virtual_time
             seat.lifts += 1
 
-    def _fits(self, ticket: Ticket, *, owed: bool) -> bool:
+    def _borrowable_slots(self, now: float) -> int:
+        """Sequences that there may be in all when a borrowed one enters: a few less than slots while owed
+        ones keep coming, else a few more."""
+        policy, slots = self.policy, self.capacity.slots
+        ends, owed_entries = self._ends.per_s(now), self._owed_entries.per_s(now)
+        most = int(slots * policy.elastic_share)
+        if owed_entries > policy.spare_from_per_s:
+            return slots - min(most, math.ceil(2 * owed_entries / max(ends, owed_entries)))
+        return slots + min(most, math.ceil(policy.ahead_s * ends))
+
+    def _fits(self, ticket: Ticket, now: float, *, owed: bool) -> bool:
         """Whether there is room: for owed work all that is not in use by owed work."""
         if self.in_flight == 0:
             return True
@@ -430,7 +443,7 @@ class Admission:
             slots, kv_in_use = self.capacity.slots - self._owed_in_flight, self._owed_kv_in_use
         else:
             borrowed = self.in_flight - self._owed_in_flight
-            slots, kv_in_use = self.capacity.slots - self.in_flight, self._kv_in_use
+            slots, kv_in_use = self._borrowable_slots(now) - self.in_flight, self._kv_in_use
             # One at least, however wide: a limit for the pace's sake must not lock a request out.
             if borrowed > 0:
                 slots = min(slots, self.borrowed_limit - borrowed)
@@ -448,6 +461,8 @@ class Admission:
         self._kv_in_use += ticket.kv_tokens
         ticket.owed_kv_tokens = ticket.kv_tokens if owed else 0
         self._owed_kv_in_use += ticket.owed_kv_tokens
+        if owed:
+            self._owed_entries.count(ticket.count, now)
         ticket.lifts, ticket.weight = seat.lifts, seat.terms.weight
         prefills = 1 if policy.prefix_caching else ticket.count
         self._charge(ticket, ticket.input_tokens * prefills * policy.input_weight)
@@ -490,6 +505,7 @@ class Admission:
         seat.expected_output += self.policy.output_mean_smoothing * (mean - seat.expected_output)
         seat.ledger.end(ticket.number, ticket.count, now)
         self._set_in_flight(seat, -ticket.count)
+        self._ends.count(ticket.count, now)
         self._refresh(seat)
 
     def _evict(self, ticket: Ticket, refusal: Refusal, now: float) -> Ticket:
@@ -523,6 +539,22 @@ class Admission:
             self._fair.push(seat)
             if _is_owed(seat):
                 self._owed.push(seat)
+
+
+class _Rate:
+    """How many a second, of late: a mean that forgets in about `memory_s`."""
+
+    def __init__(self, memory_s: float) -> None:
+        self._memory_s = memory_s
+        self._per_s = 0.0
+        self._at = 0.0
+
+    def count(self, number: int, now: float) -> None:
+        self._per_s = self.per_s(now) + number / self._memory_s
+        self._at = now
+
+    def per_s(self, now: float) -> float:
+        return self._per_s * math.exp(min(0.0, self._at - now) / self._memory_s)
 
 
 class _SeatHeap:

@@ -376,6 +376,7 @@ class StepPolicy:
             return len(borrowed) + self._more(all_decodes, all_kv_tokens, room_s)
         self._put_in_order(borrowed)
         for place, stream in enumerate(borrowed):
+            allowed = self.allowed_s
             if stream.seat in needed:
                 # The seat's own further sequences bring it tokens too, so each may be slower.
                 stream.seat.visible += 1
@@ -384,6 +385,7 @@ class StepPolicy:
                     self.allowed_s = tightest.visible / needed[tightest]
             decodes, kv_tokens = decodes + 1, kv_tokens + stream.computed
             if model.seconds(0, decodes, kv_tokens) + prompts > self.allowed_s:
+                self.allowed_s = allowed
                 return place
         room_s = self.allowed_s - prompts - model.seconds(0, decodes, kv_tokens)
         return len(borrowed) + self._more(decodes, kv_tokens, room_s)

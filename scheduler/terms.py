@@ -40,6 +40,16 @@ class Policy:
     foreseen_share: float = 0.25
     """Share of the expected output that is charged at dispatch, the rest as it comes. With more, seats lead
     each other by the luck of lengths; with none, by what was let in before its cost showed."""
+    ahead_s: float = 0.03
+    """Borrowed sequences are sent to the engine beyond its slots, as many as end in this time: they wait
+    inside, so that a slot is taken in the step after it is free, and not when the next one has come through
+    a busy API server. What is inside is out of the fair order, so no more than needed."""
+    spare_from_per_s: float = 0.3
+    """While owed requests enter more often than this, borrowed ones leave slots free for the next of them:
+    as many as come in twice the time in which a slot gets free. An empty slot costs next to nothing, since
+    steps are shorter without it; one taken from a running sequence costs all that is computed again."""
+    elastic_share: float = 0.0625
+    """No more than this share of the slots is exceeded or left free so."""
     prefix_caching: bool = True
     """Whether the engine computes a prompt once for all its `n` sequences, or once for each."""
 

@@ -99,7 +99,8 @@ async def keep(file: CapacityFile, table: StepTable, model_id: str, capacity: Ca
     try:
         while True:
             await asyncio.sleep(SAVE_S)
-            _save(file, measured(table, model_id, capacity))
+            # It waits for the disk; the streams must not.
+            await asyncio.to_thread(_save, file, measured(table, model_id, capacity))
     finally:
         _save(file, measured(table, model_id, capacity))
 

@@ -24,7 +24,7 @@ MACHINES = (QWEN3_8B_H100, LLAMA_70B_8_H100, QWEN35_397B_8_H200, CROWDED, CROWDE
 def random_scenario(seed: int) -> Scenario:
     """Two to five seats, each with one or two clients of random habits, on a small node."""
     rng = random.Random(f"scenario/{seed}")
-    slots = rng.choice((2, 4, 8, 12))
+    slots = rng.choice((2, 4, 8, 12, 20, 40))
     kv_tokens = rng.choice((700, 2_000, 100_000))
     guarantee = rng.choice((0.0, 20.0, 50.0, 100.0))
     machine = rng.choice(MACHINES)

@@ -116,12 +116,12 @@ def last_come_first_served(patch: Patch) -> None:
 
 def owed_work_waits_for_free_slots(patch: Patch) -> None:
     fits = Admission._fits
-    patch.setattr(Admission, "_fits", lambda self, ticket, *, owed: fits(self, ticket, owed=False))
+    patch.setattr(Admission, "_fits", lambda self, ticket, now, *, owed: fits(self, ticket, now, owed=False))
 
 
 def borrowed_work_takes_owed_room(patch: Patch) -> None:
     fits = Admission._fits
-    patch.setattr(Admission, "_fits", lambda self, ticket, *, owed: fits(self, ticket, owed=True))
+    patch.setattr(Admission, "_fits", lambda self, ticket, now, *, owed: fits(self, ticket, now, owed=True))
 
 
 def prefix_hits_stay_in_the_owed_account(patch: Patch) -> None:
@@ -142,15 +142,15 @@ def nobody_is_owed(patch: Patch) -> None:
 def kv_cache_ignored(patch: Patch) -> None:
     fits = Admission._fits
 
-    def mutant(self: Admission, ticket: Ticket, *, owed: bool) -> bool:
+    def mutant(self: Admission, ticket: Ticket, now: float, *, owed: bool) -> bool:
         self._kv_in_use = self._owed_kv_in_use = -1_000_000_000
-        return fits(self, ticket, owed=owed)
+        return fits(self, ticket, now, owed=owed)
 
     patch.setattr(Admission, "_fits", mutant)
 
 
 def slots_ignored(patch: Patch) -> None:
-    patch.setattr(Admission, "_fits", lambda self, ticket, *, owed: True)
+    patch.setattr(Admission, "_fits", lambda self, ticket, now, *, owed: True)
 
 
 def one_entry_at_a_time(patch: Patch) -> None:

@@ -79,6 +79,48 @@ def test_borrowed_work_enters_only_while_the_step_policy_has_use_for_it() -> Non
     assert len(admission.dispatch(0.0)) == 1
 
 
+def test_as_many_as_end_in_a_moment_enter_ahead_of_their_slots() -> None:
+    admission = node(terms("a"), terms("b", guarantee=50), slots=32)
+    put(admission, "a", *[ask()] * 80)
+    first = admission.dispatch(0.0)
+    assert len(first) == 32, "nothing has ended yet"
+    for ticket in first[:20]:
+        admission.release(ticket, 1.0)
+    assert len(admission.dispatch(1.0)) == 21, "20 ended in a second: one more in 30 ms"
+    for ticket in first[20:]:
+        admission.release(ticket, 1.0)
+    for ticket in admission.dispatch(1.0):
+        admission.release(ticket, 1.0)
+    admission.dispatch(1.0)
+    assert admission.in_flight == 34, "a sixteenth of the slots at most"
+    put(admission, "b", now=1.0)
+    assert seats_of(admission.dispatch(1.0)) == "b", "owed work enters whatever waits inside"
+
+
+def test_borrowed_work_leaves_slots_to_owed_requests_that_keep_coming() -> None:
+    admission = node(terms("a"), terms("b", guarantee=50), slots=32)
+    put(admission, "a", *[ask()] * 80)
+    running = admission.dispatch(0.0)
+    for second in (1.0, 2.0, 3.0):
+        [owed] = put(admission, "b", now=second)
+        assert admission.dispatch(second) == [owed]
+        admission.release(owed, second)
+        admission.release(running.pop(), second)
+        running += admission.dispatch(second)
+    assert admission.in_flight == 31, "one slot waits for the next"
+    admission.dispatch(10.0)
+    assert admission.in_flight == 33, "nobody has come for long"
+
+
+def test_nothing_enters_ahead_that_would_only_be_held() -> None:
+    admission = node(terms("a"), slots=32)
+    put(admission, "a", *[ask()] * 80)
+    for ticket in admission.dispatch(0.0):
+        admission.release(ticket, 0.0)
+    admission.borrowed_limit = 20
+    assert len(admission.dispatch(0.0)) == 20
+
+
 def test_request_wider_than_the_borrowed_limit_enters_once_no_borrowed_work_runs() -> None:
     admission = node(terms("a"), slots=8)
     admission.borrowed_limit = 2

@@ -41,7 +41,7 @@ class Room(Oracle):
             return
         prompt = view.prompts[event.number].prompt
         owed = prompt.count <= view.seats[prompt.seat_id].unused
-        if not view.fits(prompt, owed=owed):
+        if not view.fits(prompt, owed=owed, beyond=view.elastic()):
             kind = "owed" if owed else "borrowed"
             yield f"{kind} prompt {prompt.number} entered without room"
 
@@ -65,7 +65,10 @@ class WorkConservation(Oracle):
         if pace_s is not None:
             self._owed_at = event.at
         heads = [head for _, head in view.heads()]
-        needless = heads and (view.in_flight == 0 or all(view.fits(head, owed=False) for head in heads))
+        spare = -view.elastic()
+        needless = heads and (
+            view.in_flight == 0 or all(view.fits(head, owed=False, beyond=spare) for head in heads)
+        )
         if not needless or self._in_danger(heads, pace_s, view):
             self._since = None
             return

@@ -27,6 +27,7 @@ class Promised:
     initial_output_tokens: float = 256.0
     output_mean_smoothing: float = 0.1
     foreseen_share: float = 0.25
+    elastic_share: float = 0.0625
 
 
 @dataclass(slots=True)
@@ -178,12 +179,17 @@ class View:
     def reservation(self, prompts: Iterable[trace.Prompt], limit: int) -> int:
         return min(limit, sum(self.need(prompt) for prompt in prompts))
 
-    def fits(self, prompt: trace.Prompt, *, owed: bool) -> bool:
-        """Whether there is room: for owed work all that owed work does not use."""
-        slots, kv = self.in_flight, self.kv_in_use
+    def fits(self, prompt: trace.Prompt, *, owed: bool, beyond: int = 0) -> bool:
+        """Whether there is room: for owed work all that owed work does not use; for borrowed work, with
+        `beyond` more sequences than slots."""
+        slots, kv = self.in_flight - beyond, self.kv_in_use
         if owed:
             slots, kv = self.owed_in_flight, self.owed_kv_in_use
         return slots + prompt.count <= self.slots and kv + self.need(prompt) <= self.kv_tokens
+
+    def elastic(self) -> int:
+        """Slots by which borrowed work may be ahead, or that it may leave to owed work."""
+        return math.floor(self.slots * self.promised.elastic_share)
 
     def owed_streams(self) -> set[int]:
         """Of each guaranteed seat as many sequences as it has seats: the oldest, those that decode first."""
