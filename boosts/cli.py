@@ -100,12 +100,12 @@ def bench(context: typer.Context) -> None:
     arguments = list(context.args)
     wants_model = bool(arguments) and not {"-h", "--help"} & set(arguments)
     if wants_model and not any(argument.startswith("--model") for argument in arguments):
-        from benchmarks.guarantee import DEMO_LAYERS
+        from benchmarks.guarantee import DEMO_WIDTH
         from boosts.demo_model import build_demo_model
 
         folder = home_folder(os.environ)
         if arguments[0] == "guarantee":
-            model = build_demo_model(folder / f"demo-model-{DEMO_LAYERS}", DEMO_LAYERS)
+            model = build_demo_model(folder / f"demo-model-{DEMO_WIDTH}", DEMO_WIDTH)
         else:
             model = build_demo_model(folder / "demo-model")
         arguments += ["--model", str(model)]

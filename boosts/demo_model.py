@@ -26,8 +26,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_demo_model(folder: Path, layers: int = 2) -> Path:
+def build_demo_model(folder: Path, width: int = 1) -> Path:
     """Write config, weights, tokenizer and chat template to `folder`; an existing build is kept.
+
+    Every layer is `width` times as wide: the larger, the more of a step's time is spent on each sequence.
 
     The build happens beside the target and is moved into place whole, so an interrupted build never
     leaves half a model behind. Returns `folder`.
@@ -38,7 +40,7 @@ def build_demo_model(folder: Path, layers: int = 2) -> Path:
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     _write_tokenizer(building)
-    _write_weights(building, layers)
+    _write_weights(building, width)
     shutil.rmtree(folder, ignore_errors=True)
     building.rename(folder)
     return folder
@@ -76,7 +78,7 @@ def _write_tokenizer(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
 
-def _write_weights(folder: Path, layers: int) -> None:
+def _write_weights(folder: Path, width: int) -> None:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
     from transformers.utils import logging
@@ -85,11 +87,11 @@ def _write_weights(folder: Path, layers: int) -> None:
     torch.manual_seed(SEED)
     config = Qwen3Config(
         vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=128 * width,
+        intermediate_size=256 * width,
+        num_hidden_layers=2,
+        num_attention_heads=4 * width,
+        num_key_value_heads=2 * width,
         head_dim=32,
         max_position_embeddings=CONTEXT_TOKENS,
         tie_word_embeddings=True,

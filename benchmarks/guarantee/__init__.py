@@ -6,7 +6,7 @@ guarantee change from row to row.
 """
 
 from benchmarks.guarantee.bench import NothingServedError
-from benchmarks.guarantee.config import DEMO_LAYERS, Config
+from benchmarks.guarantee.config import DEMO_WIDTH, Config
 from benchmarks.guarantee.run import ROWS, expected_s, plot, run, summarize
 
-__all__ = ["DEMO_LAYERS", "ROWS", "Config", "NothingServedError", "expected_s", "plot", "run", "summarize"]
+__all__ = ["DEMO_WIDTH", "ROWS", "Config", "NothingServedError", "expected_s", "plot", "run", "summarize"]

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from benchmarks.load import Lengths
 
-DEMO_LAYERS = 16
-"""Depth of the demo model for this scenario. Its steps take 16 ms beside 64 streams, so that on two cores the
-engine is the bottleneck, as on a GPU, and not the HTTP server and the load generator on the other core."""
+DEMO_WIDTH = 6
+"""Of the demo model for this scenario. Its steps take 15 ms beside 64 streams and 3 ms alone, so that on two
+cores the engine is the bottleneck, as on a GPU, and not the HTTP server and the load generator on the other
+core; and so that a stream can have twice the rate that it gets beside 64."""
 
 _IN_PROCESS = "--distributed-executor-backend=vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """The worker inside EngineCore, as vLLM itself runs a single GPU. In a process of its own, vLLM's default on

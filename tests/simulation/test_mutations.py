@@ -31,6 +31,8 @@ from scheduler.steps import StepPolicy
 from scheduler.streams import Stream
 from tests.simulation import evidence
 
+pytestmark = pytest.mark.slow
+
 SEEDS = range(100)
 Patch = pytest.MonkeyPatch
 

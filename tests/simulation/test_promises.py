@@ -10,6 +10,7 @@ from tests.simulation import evidence
 CHUNK = 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, 1_000, CHUNK))
 def test_random_adversaries_break_no_promise(first: int) -> None:
     broken = [
@@ -25,6 +26,7 @@ def test_same_seed_replays_the_same_trace() -> None:
     assert Simulation(scenario, seed).run() != Simulation(scenario, seed + 1).run()
 
 
+@pytest.mark.slow
 def test_random_adversaries_reach_every_kind_of_end() -> None:
     reasons = set()
     canceled = 0
