@@ -1,10 +1,10 @@
 """Row *isolation*: quiet seats beside one that floods the node with three times what it can serve.
 
 Each of a few quiet seats sends one short request a second, never one beside the other, which would be more
-than it bought; the flooder sends its own whether or not earlier ones were answered. A quiet request's first token may come at most three steps of the flooder's
-batch later than when the quiet seats have the node to themselves, at the 99th percentile; and the
-flooder must lose next to nothing by it. The time of a step is counted by vLLM: seconds by engine
-iterations, while the flood lasts.
+than it bought; the flooder sends its own whether or not earlier ones were answered. A quiet request's first
+token may come at most three steps of the flooder's batch later than when the quiet seats have the node to
+themselves, at the 99th percentile; and the flooder must lose next to nothing by it. The time of a step is
+counted by vLLM: seconds by engine iterations, while the flood lasts.
 """
 
 from __future__ import annotations
