@@ -155,6 +155,24 @@ def slots_ignored(patch: Patch) -> None:
     patch.setattr(Admission, "_fits", lambda self, ticket, now, *, owed: True)
 
 
+def slots_are_left_free_for_nobody(patch: Patch) -> None:
+    def mutant(self: Admission, now: float) -> int:
+        return self.capacity.slots - int(self.capacity.slots * self.policy.elastic_share)
+
+    patch.setattr(Admission, "_borrowable_slots", mutant)
+
+
+def borrowed_work_goes_far_ahead(patch: Patch) -> None:
+    def mutant(self: Admission, now: float) -> int:
+        return self.capacity.slots + int(self.capacity.slots * self.policy.elastic_share)
+
+    patch.setattr(Admission, "_borrowable_slots", mutant)
+
+
+def no_slot_is_left_to_owed_requests(patch: Patch) -> None:
+    patch.setattr(Admission, "_borrowable_slots", lambda self, now: self.capacity.slots)
+
+
 def one_entry_at_a_time(patch: Patch) -> None:
     dispatch = Admission.dispatch
 
@@ -372,6 +390,9 @@ MUTATIONS = [
     Mutation(nobody_is_owed, ("entry guarantee",)),
     Mutation(kv_cache_ignored, ("room",)),
     Mutation(slots_ignored, ("room",)),
+    Mutation(slots_are_left_free_for_nobody, ("work conservation",)),
+    Mutation(borrowed_work_goes_far_ahead, ("room",)),
+    Mutation(no_slot_is_left_to_owed_requests, ("room",)),
     Mutation(one_entry_at_a_time, ("work conservation",)),
     Mutation(released_twice_counts_twice, ("one outcome",)),
     Mutation(canceled_lease_leaks, ("one outcome",)),

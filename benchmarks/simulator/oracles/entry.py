@@ -41,7 +41,7 @@ class Room(Oracle):
             return
         prompt = view.prompts[event.number].prompt
         owed = prompt.count <= view.seats[prompt.seat_id].unused
-        if not view.fits(prompt, owed=owed, beyond=view.elastic()):
+        if not view.fits(prompt, owed=owed, beyond=view.elastic(event.at)):
             kind = "owed" if owed else "borrowed"
             yield f"{kind} prompt {prompt.number} entered without room"
 
@@ -65,7 +65,7 @@ class WorkConservation(Oracle):
         if pace_s is not None:
             self._owed_at = event.at
         heads = [head for _, head in view.heads()]
-        spare = -view.elastic()
+        spare = min(0, view.elastic(event.at))
         needless = heads and (
             view.in_flight == 0 or all(view.fits(head, owed=False, beyond=spare) for head in heads)
         )

@@ -27,6 +27,10 @@ class Promised:
     initial_output_tokens: float = 256.0
     output_mean_smoothing: float = 0.1
     foreseen_share: float = 0.25
+    ahead_s: float = 0.03
+    ends_memory_s: float = 1.0
+    spare_from_per_s: float = 0.3
+    owed_memory_s: float = 4.0
     elastic_share: float = 0.0625
 
 
@@ -42,6 +46,22 @@ class Bucket:
         refilled = min(float(self.limit), self.level + (now - self.at) * self.limit / 60.0)
         self.level = min(float(self.limit), refilled + units)
         self.at = now
+
+
+@dataclass(slots=True)
+class Recent:
+    """Sequences a second of late: each counts for 1/memory at first, and is forgotten exponentially."""
+
+    memory_s: float
+    level: float = 0.0
+    at: float = 0.0
+
+    def add(self, sequences: int, now: float) -> None:
+        self.level = self.per_s(now) + sequences / self.memory_s
+        self.at = now
+
+    def per_s(self, now: float) -> float:
+        return self.level * math.exp((self.at - now) / self.memory_s)
 
 
 @dataclass(slots=True)
@@ -152,6 +172,8 @@ class View:
         self.owed_kv_in_use = 0
         """Of prompts that entered as owed work."""
         self.virtual_time = 0.0
+        self.ended = Recent(promised.ends_memory_s)
+        self.owed_entered = Recent(promised.owed_memory_s)
         self.seats: dict[str, SeatView] = {}
         self.prompts: dict[int, PromptView] = {}
         self.streams: dict[int, StreamView] = {}
@@ -187,9 +209,14 @@ class View:
             slots, kv = self.owed_in_flight, self.owed_kv_in_use
         return slots + prompt.count <= self.slots and kv + self.need(prompt) <= self.kv_tokens
 
-    def elastic(self) -> int:
-        """Slots by which borrowed work may be ahead, or that it may leave to owed work."""
-        return math.floor(self.slots * self.promised.elastic_share)
+    def elastic(self, now: float) -> int:
+        """By how many sequences borrowed work goes beyond the slots; negative while it leaves some to owed
+        requests that keep coming."""
+        most = math.floor(self.slots * self.promised.elastic_share)
+        owed, ends = self.owed_entered.per_s(now), self.ended.per_s(now)
+        if owed > self.promised.spare_from_per_s:
+            return -min(most, math.ceil(2 * owed / max(owed, ends)))
+        return min(most, math.ceil(self.promised.ahead_s * ends))
 
     def owed_streams(self) -> set[int]:
         """Of each guaranteed seat as many sequences as it has seats: the oldest, those that decode first."""
@@ -299,6 +326,8 @@ class View:
         view.owed_kv_tokens = view.kv_tokens if view.owed else 0
         self.kv_in_use += view.kv_tokens
         self.owed_kv_in_use += view.owed_kv_tokens
+        if view.owed:
+            self.owed_entered.add(prompt.count, event.at)
         seat.queue.remove(event.number)
         seat.waiting -= prompt.count
         seat.running += prompt.count
@@ -345,6 +374,7 @@ class View:
         self.kv_in_use -= view.kv_tokens
         self.owed_kv_in_use -= view.owed_kv_tokens
         self.in_flight -= view.prompt.count
+        self.ended.add(view.prompt.count, at)
         seat.running -= view.prompt.count
         seat.tickets -= 1
         seat.tokens.add(view.reserved - view.prompt.input_tokens - view.produced, at)
