@@ -58,7 +58,7 @@ bench-guarantee: install-dev ## Measure every promise of the scheduler beside pl
 simulate: install-dev ## Run the VTC paper's experiments in simulation, ours beside its policies, about 6 minutes
 	@exec $(BIN)/python -m benchmarks.simulator rows $(ARGS)
 
-soak: install-dev ## Run 100,000 adversarial simulations against the scheduler, about 2 hours on one core
+soak: install-dev ## Run 100,000 adversarial simulations against the scheduler: an hour or two, divided by the cores
 	@exec $(BIN)/python -m benchmarks.simulator soak $(ARGS)
 
 clean: ## Remove what make installed and all caches; var/ (models, keys, results) stays

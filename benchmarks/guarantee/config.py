@@ -75,6 +75,8 @@ class Config:
     flood_times: float = 3.0
     """The flooder's requests per second, as a multiple of what the machine can serve."""
 
+    shares_warm_s: float = 15.0
+    """Who connects first fills all slots, and pays that back: until the slots have turned over a few times."""
     shares_s: float = 240.0
     shares_connections: int = 96
     flood_rounds: int = 5
@@ -109,6 +111,7 @@ class Config:
             beside_s=8.0,
             solo_s=6.0,
             plain_beside_s=5.0,
+            shares_warm_s=5.0,
             shares_s=20.0,
             flood_rounds=1,
             flood_s=6.0,

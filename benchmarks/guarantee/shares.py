@@ -36,7 +36,7 @@ _SAMPLE_S = 1.0
 
 
 def _shares_seconds(config: Config) -> float:
-    return 2 * config.warm_s + config.shares_s
+    return config.shares_warm_s + config.shares_s
 
 
 def _measure_shares(bench: Bench) -> Rows:
@@ -52,7 +52,7 @@ def _measure_shares(bench: Bench) -> Rows:
         clients,
         # So that there is a sample at both ends of the last window.
         window_s=config.shares_s + 2 * _SAMPLE_S,
-        warm_s=2 * config.warm_s,
+        warm_s=config.shares_warm_s,
         sample_s=_SAMPLE_S,
     )
     return [{"row": "shares", **common, "service": services(phase, [seat.name for seat in WEIGHTED])}]

@@ -28,7 +28,7 @@ examples:
   python -m benchmarks.simulator rows --quick
       the fit, the real trace and `overload` alone; about a minute
   python -m benchmarks.simulator soak --seeds 100000
-      adversarial simulations of the scheduler, judged by the oracles; about 2 hours on one core
+      adversarial simulations of the scheduler, judged by the oracles; an hour or two of one core
   python -m benchmarks.simulator soak --first 466 --seeds 1
       one of them again
   python -m benchmarks.simulator fit --tries 100
@@ -64,11 +64,10 @@ def _rows(arguments: argparse.Namespace, folder: Path) -> int:
 
 
 def _soak(arguments: argparse.Namespace, folder: Path) -> int:
-    found = soak(arguments.first, arguments.seeds, _Clock().say)
+    found = soak(arguments.first, arguments.seeds, _Clock().say, arguments.jobs)
     path = folder / "soak.json"
     path.write_text(json.dumps({**found.summary(), "environment": report.environment()}, indent=1))
-    each_ms = found.seconds / found.simulations * 1e3
-    print(f"{found.simulations} simulations from seed {found.first}, {each_ms:.0f} ms each")
+    print(f"{found.simulations} simulations from seed {found.first} in {found.seconds:.0f} s")
     print(
         f"held in {found.held}, preempted in {found.preempted}; a promise was broken in {found.broken_seeds}"
     )
@@ -115,6 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     adversaries.add_argument("--first", type=int, default=0, help="first seed (default %(default)s)")
     adversaries.add_argument(
         "--seeds", type=_positive, default=100_000, help="how many (default %(default)s)"
+    )
+    adversaries.add_argument(
+        "--jobs", type=_positive, default=os.cpu_count() or 1, help="processes (default %(default)s)"
     )
     fit = commands.add_parser("fit", help="fit the step times to the published rows")
     fit.add_argument("--tries", type=_positive, default=100, help="(default %(default)s)")

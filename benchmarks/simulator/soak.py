@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 
 from benchmarks.simulator import trace
@@ -12,6 +13,8 @@ from benchmarks.simulator.oracles import MOST_REPORTED, Promised, violations
 from benchmarks.simulator.simulation import Scenario, Simulation
 
 SAY_EVERY = 1_000
+PART = 100
+"""Seeds that a process plays at a time."""
 
 
 @dataclass(slots=True)
@@ -29,6 +32,15 @@ class Soak:
     preempted: int = 0
     """Simulations in which something was preempted."""
     seconds: float = 0.0
+
+    def add(self, other: Soak) -> None:
+        """Count what the seeds of `other` have shown."""
+        self.simulations += other.simulations
+        self.broken += other.broken[: max(0, MOST_REPORTED - len(self.broken))]
+        self.broken_seeds += other.broken_seeds
+        self.steps += other.steps
+        self.held += other.held
+        self.preempted += other.preempted
 
     def summary(self) -> dict[str, object]:
         return asdict(self)
@@ -52,21 +64,27 @@ def broken_by(seed: int) -> tuple[list[str], list[trace.Event]]:
     return [f"{line} (seed {seed})" for line in judged(scenario, events)], events
 
 
-def soak(first: int, count: int, say: Callable[[str], None]) -> Soak:
-    """Play `count` seeds from `first` on; goes on after a broken promise."""
-    found, begin = Soak(first), time.monotonic()
-    for seed in range(first, first + count):
+def soak(first: int, count: int, say: Callable[[str], None], jobs: int) -> Soak:
+    """Play `count` seeds from `first` on in `jobs` processes; goes on after a broken promise."""
+    found, began = Soak(first), time.monotonic()
+    parts = [range(seed, min(seed + PART, first + count)) for seed in range(first, first + count, PART)]
+    with ProcessPoolExecutor(min(jobs, len(parts))) as executor:
+        for part in executor.map(_play, parts):
+            found.add(part)
+            found.seconds = time.monotonic() - began
+            for line in part.broken:
+                say(line)
+            if found.simulations % SAY_EVERY == 0:
+                say(f"{found.simulations} of {count}: {found.broken_seeds} with a broken promise")
+    return found
+
+
+def _play(seeds: range) -> Soak:
+    found = Soak(seeds.start)
+    for seed in seeds:
         broken, events = broken_by(seed)
-        found.simulations += 1
-        found.broken_seeds += bool(broken)
-        found.broken += broken[: max(0, MOST_REPORTED - len(found.broken))]
         composed = [event for event in events if isinstance(event, trace.Composed)]
-        found.steps += len(composed)
-        found.held += any(event.held for event in composed)
-        found.preempted += any(event.preempted for event in composed)
-        found.seconds = time.monotonic() - begin
-        for line in broken[:1]:
-            say(line)
-        if found.simulations % SAY_EVERY == 0:
-            say(f"{found.simulations} of {count}: {found.broken_seeds} with a broken promise")
+        held = any(event.held for event in composed)
+        preempted = any(event.preempted for event in composed)
+        found.add(Soak(seed, 1, broken, bool(broken), len(composed), held, preempted))
     return found
