@@ -27,11 +27,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from heapq import nsmallest
+from heapq import heapify, heapreplace, nsmallest
 from typing import Any
 
 from scheduler.step_time import StepTimeFit
-from scheduler.streams import StepSeat, Stream
+from scheduler.streams import Decodes, StepSeat, Stream
 
 UNLIMITED = 2**31
 _PREFILL_GAIN = 1 / 64
@@ -114,20 +114,17 @@ class StepPolicy:
         self.borrowed_limit = UNLIMITED
         """Borrowed sequences that are of use in the engine at present; more would only be held."""
         self.held = 0
+        self._held_decodes = 0
         self._prompts: dict[Hashable, Stream] = {}
         """Streams with tokens to prefill, waiting or running."""
         self._room = UNLIMITED
         """Borrowed decodes that may take part."""
-        self._decodes = 0
-        self._kv_tokens = 0
-        """Of the last step."""
+        self._decodes = Decodes()
         self._prefill = 0.0
         """Prompt tokens in a step, mean of late."""
         self._least_lead_s = 0.0
         """Of the seat that is furthest behind, in time of its rate; 0 if nobody is."""
         self._virtual = 0.0
-        self._step = 0
-        """Number of the last composed step."""
         self._steps: deque[Composed] = deque()
         self._last_end = 0.0
         self._until_review = 0
@@ -155,7 +152,7 @@ class StepPolicy:
         """What the seat is guaranteed from now on (0 outside its blocks), and its share of the rest."""
         seat = self.seats.get(seat_id)
         if seat is None:
-            seat = self.seats[seat_id] = StepSeat(self._virtual)
+            seat = self.seats[seat_id] = StepSeat(self._virtual, self._decodes)
         before = seat.guarantee_tok_s, seat.quantity
         seat.guarantee_tok_s, seat.prefill_tok_s = guarantee_tok_s, prefill_tok_s
         seat.quantity, seat.weight = quantity, weight
@@ -183,8 +180,9 @@ class StepPolicy:
         stream = self.streams.pop(stream_id)
         self._set_held(stream, False, now)
         self._changed.pop(stream, None)
-        self._prompts.pop(stream_id, None)
-        stream.seat.forget(stream)
+        if self._prompts.pop(stream_id, None) is None:
+            self._decodes.end(stream)
+        del stream.seat.streams[stream_id]
         self._membership_changed(stream)
         if not self.streams:
             self.borrowed_limit = UNLIMITED
@@ -193,9 +191,11 @@ class StepPolicy:
         """The sequence lost its KV cache and waits; `recompute_tokens` are to be prefilled again."""
         stream = self.streams[stream_id]
         self._set_held(stream, False, now)
+        if stream.decoding:
+            self._decodes.end(stream)
         stream.running = False
         stream.preemptions += 1
-        stream.computed = 0
+        stream.known = 0
         stream.prefill_left = recompute_tokens
         self._prompts[stream_id] = stream
         self._membership_changed(stream)
@@ -205,7 +205,7 @@ class StepPolicy:
         stream = self.streams[stream_id]
         # Its last token is always computed, or there would be nothing to sample from.
         stream.prefill_left = max(1, stream.prefill_left - tokens)
-        stream.computed += tokens
+        stream.known += tokens
 
     def _membership_changed(self, stream: Stream) -> None:
         """The stream began or ceased to decode."""
@@ -227,19 +227,13 @@ class StepPolicy:
 
     def composed(self, scheduled: Mapping[Any, int], now: float) -> None:
         """The step that was made of the plan: tokens to compute, by stream."""
-        prefill = decodes = kv_tokens = 0
-        streams = self.streams
-        for stream_id, tokens in scheduled.items():
-            stream = streams[stream_id]
-            if stream.prefill_left:
-                prefill += tokens
-                self._prefilled(stream, tokens)
-            else:
-                decodes += 1
-                stream.computed += 1
-                stream.decoded += 1
-            kv_tokens += stream.computed
-        self._decodes, self._kv_tokens = decodes, kv_tokens
+        prompts = self._decodes.advance(scheduled, self.streams)
+        decodes, kv_tokens, prefill = self._decodes.in_step, self._decodes.kv_tokens, 0
+        for stream in prompts:
+            tokens = scheduled[stream.stream_id]
+            self._prefilled(stream, tokens)
+            prefill += tokens
+            kv_tokens += stream.known
         self._prefill += _PREFILL_GAIN * (prefill - self._prefill)
         self._steps.append(Composed(now, prefill, decodes, kv_tokens))
         if self.allowed_s is not None:
@@ -247,18 +241,18 @@ class StepPolicy:
             late_s = self.fit.model.seconds(prefill, decodes, kv_tokens) - self.allowed_s
             self._least_lead_s -= max(0.0, late_s)
         self._until_review -= 1
-        self._step += 1
 
     def _prefilled(self, stream: Stream, tokens: int) -> None:
         stream.running = True
         stream.prefill_left = max(0, stream.prefill_left - tokens)
-        stream.computed += tokens
+        stream.known += tokens
         if stream.decoding:
             # With its last chunk it makes its first token.
             del self._prompts[stream.stream_id]
-            stream.decoded += 1
-            stream.turn = stream.fixed_until = self._step
+            self._decodes.begin(stream)
+            stream.turn = stream.fixed_until = self._decodes.step
             self._membership_changed(stream)
+            stream.seat.count_token(stream)
 
     def completed(self, now: float) -> None:
         """The oldest composed step is done."""
@@ -299,16 +293,16 @@ class StepPolicy:
         if not owed:
             self._free_all(now)
             return
-        borrowed = self._borrowed_decodes()
         self._lone = next((seat for seat in owed if len(seat.streams) == len(self.streams)), None)
-        fitting = self._fitting(owed, borrowed)
+        fitting, borrowed = self._fitting(owed)
         # It grows bit by bit: a step that happened to be short is no reason to try twice the batch.
         self._room = fitting if self._room == UNLIMITED else min(fitting, self._room + 2 + self._room // 4)
-        for place, stream in enumerate(borrowed):
-            self._set_held(stream, place >= self._room, now)
-        for seat in owed:
-            for stream in seat.owed:
-                self._set_held(stream, False, now)
+        if self.held or self._room < self._borrowed_count():
+            for place, stream in enumerate(borrowed or self._borrowed_decodes()):
+                self._set_held(stream, place >= self._room, now)
+            for seat in owed:
+                for stream in seat.owed:
+                    self._set_held(stream, False, now)
         self._limit_borrowed(self._room + max(1, int(self._room * self.rules.spare_share)), now)
 
     def _account(self, now: float) -> dict[StepSeat, float]:
@@ -349,10 +343,10 @@ class StepPolicy:
         """Tokens per second that the seat shall get, a little more than it is owed."""
         return seat.rate + max(self.rules.margin * seat.rate, self.rules.margin_tok_s)
 
-    def _fitting(self, needed: dict[StepSeat, float], borrowed: list[Stream]) -> int:
-        """How many borrowed decodes may take part; where all do, how many like them could. Puts them in the
-        order in which they do, unless all fit."""
-        model = self.fit.model
+    def _fitting(self, needed: dict[StepSeat, float]) -> tuple[int, list[Stream]]:
+        """How many borrowed decodes may take part; and, unless all may, these in the order in which they do.
+        Where all do, how many like them could."""
+        model, everything = self.fit.model, self._decodes
         decodes = kv_tokens = 0
         for seat in needed:
             seat.visible = 0
@@ -361,34 +355,28 @@ class StepPolicy:
                     seat.visible += 1
                     kv_tokens += stream.computed
             decodes += seat.visible
-        tightest = min(needed, key=lambda seat: seat.visible / needed[seat])
-        allowed = tightest.visible / needed[tightest]
-        prompts = self._prompt_time(allowed - model.seconds(0, decodes, kv_tokens))
+        tightest = _Tightest(needed)
+        prompts = self._prompt_time(tightest.allowed_s - model.seconds(0, decodes, kv_tokens))
         if self._lone is not None:
             # All of its sequences bring it tokens: none is held for its own sake.
-            self.allowed_s = (self._lone.visible + len(borrowed)) / needed[self._lone]
-            return UNLIMITED
-        all_decodes = decodes + len(borrowed)
-        all_kv_tokens = kv_tokens + sum(stream.computed for stream in borrowed)
-        self.allowed_s = allowed
-        if model.seconds(0, all_decodes, all_kv_tokens) + prompts <= allowed:
-            room_s = allowed - prompts - model.seconds(0, all_decodes, all_kv_tokens)
-            return len(borrowed) + self._more(all_decodes, all_kv_tokens, room_s)
+            self.allowed_s = everything.count / needed[self._lone]
+            return UNLIMITED, []
+        self.allowed_s = tightest.allowed_s
+        all_kv_tokens = everything.kv_tokens + everything.resting_kv_tokens
+        room_s = self.allowed_s - prompts - model.seconds(0, everything.count, all_kv_tokens)
+        if room_s >= 0.0:
+            return everything.count - decodes + self._more(everything.count, all_kv_tokens, room_s), []
+        borrowed = self._borrowed_decodes()
         self._put_in_order(borrowed)
         for place, stream in enumerate(borrowed):
-            allowed = self.allowed_s
-            if stream.seat in needed:
-                # The seat's own further sequences bring it tokens too, so each may be slower.
-                stream.seat.visible += 1
-                if stream.seat is tightest:
-                    tightest = min(needed, key=lambda seat: seat.visible / needed[seat])
-                    self.allowed_s = tightest.visible / needed[tightest]
+            # The seat's own further sequences bring it tokens too, so each may be slower.
+            tightest.count_in(stream.seat)
             decodes, kv_tokens = decodes + 1, kv_tokens + stream.computed
-            if model.seconds(0, decodes, kv_tokens) + prompts > self.allowed_s:
-                self.allowed_s = allowed
-                return place
+            if model.seconds(0, decodes, kv_tokens) + prompts > tightest.allowed_s:
+                return place, borrowed
+            self.allowed_s = tightest.allowed_s
         room_s = self.allowed_s - prompts - model.seconds(0, decodes, kv_tokens)
-        return len(borrowed) + self._more(decodes, kv_tokens, room_s)
+        return len(borrowed) + self._more(decodes, kv_tokens, room_s), borrowed
 
     def _more(self, decodes: int, kv_tokens: int, room_s: float) -> int:
         """How many further decodes like these `room_s` has room for."""
@@ -407,16 +395,22 @@ class StepPolicy:
         self._refill = False
         if self.allowed_s is None:
             return
+        taking_part = self._borrowed_count() - self._held_decodes
+        if taking_part == self._room or (taking_part < self._room and not self._held_decodes):
+            return
         borrowed = self._borrowed_decodes()
-        held = [stream for stream in borrowed if stream.held]
-        taking_part = len(borrowed) - len(held)
         if taking_part < self._room:
+            held = [stream for stream in borrowed if stream.held]
             for stream in nsmallest(self._room - taking_part, held, key=_longest_held):
                 self._set_held(stream, False, now)
         elif taking_part > self._room:
             free = [stream for stream in borrowed if not stream.held]
             for stream in nsmallest(taking_part - self._room, free, key=self._first_to_go):
                 self._set_held(stream, True, now)
+
+    def _borrowed_count(self) -> int:
+        owed = sum(stream.decoding for seat in self.seats.values() for stream in seat.owed)
+        return self._decodes.count - owed
 
     def _borrowed_decodes(self) -> list[Stream]:
         return [stream for stream in self.streams.values() if not (stream.prefill_left or stream.owed)]
@@ -437,13 +431,13 @@ class StepPolicy:
 
     def _turn(self, stream: Stream) -> tuple[int, int]:
         """The order in a seat: who is in a turn, who has waited for one, who had one."""
-        if self._step < stream.fixed_until:
+        if self._decodes.step < stream.fixed_until:
             return (3, stream.turn) if stream.held else (0, stream.turn)
         return (1, stream.turn) if stream.held else (2, -stream.turn)
 
     def _first_to_go(self, stream: Stream) -> tuple[bool, float, int]:
         """Whose turn is over, of the seat that is furthest ahead, and has run longest."""
-        return (self._step < stream.fixed_until, -stream.seat.tag, stream.turn)
+        return (self._decodes.step < stream.fixed_until, -stream.seat.tag, stream.turn)
 
     def _free_all(self, now: float) -> None:
         self.allowed_s = self._lone = None
@@ -491,7 +485,7 @@ class StepPolicy:
         stretch_s = 0.0
         if self._least_lead_s >= (-rules.kept_lead_s if owed else 0.0):
             stretch_s = min(rules.most_stretch_s, (rules.stretch - 1.0) * self.allowed_s)
-        room_s = self.allowed_s + stretch_s - model.seconds(0, self._decodes, self._kv_tokens)
+        room_s = self.allowed_s + stretch_s - model.seconds(0, self._decodes.in_step, self._decodes.kv_tokens)
         # What brings owed first tokens in time has precedence over the others' pace.
         least = self.allowed_s * sum(stream.seat.prefill_tok_s for stream in owed)
         if self._lone is not None:
@@ -506,8 +500,8 @@ class StepPolicy:
             stream.seat.held_s += now - stream.held_since
         stream.held_since = now
         if stream.held != held:
-            stream.turn = self._step
-            stream.fixed_until = self._step + self.rules.turn_steps
+            stream.turn = self._decodes.step
+            stream.fixed_until = self._decodes.step + self.rules.turn_steps
             self._changed.setdefault(stream, stream.held)
             stream.held = held
             change = 1 if held else -1
@@ -517,6 +511,33 @@ class StepPolicy:
                     # From now on it lacks something; what it did while it did not is no lead and no lag.
                     stream.seat.tag = max(stream.seat.tag, self._virtual)
                 stream.seat.held += change
+                self._held_decodes += change
+
+
+class _Tightest:
+    """The longest step that brings every seat the tokens that it needs: tokens a step brings, by rate."""
+
+    def __init__(self, needed: dict[StepSeat, float]) -> None:
+        self._needed = needed
+        self._seats = [
+            (seat.visible / rate, place, seat) for place, (seat, rate) in enumerate(needed.items())
+        ]
+        heapify(self._seats)
+
+    @property
+    def allowed_s(self) -> float:
+        return self._seats[0][0]
+
+    def count_in(self, seat: StepSeat) -> None:
+        """One more of the seat's sequences takes part."""
+        if seat not in self._needed:
+            return
+        seat.visible += 1
+        while (now_s := self._allowed_by(self._seats[0][2])) > self._seats[0][0]:
+            heapreplace(self._seats, (now_s, *self._seats[0][1:]))
+
+    def _allowed_by(self, seat: StepSeat) -> float:
+        return seat.visible / self._needed[seat]
 
 
 def _longest_held(stream: Stream) -> tuple[float, int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
+from typing import Any
 
 
 class Stream:
@@ -12,12 +13,12 @@ class Stream:
     """
 
     __slots__ = (
-        "computed",
-        "decoded",
         "due",
         "fixed_until",
         "held",
         "held_since",
+        "joined",
+        "known",
         "owed",
         "preemptions",
         "prefill_left",
@@ -37,10 +38,10 @@ class Stream:
         """When its first token is due, if it is owed."""
         self.ready = True
         """Whether the engine could start it; not while its grammar is compiled, say."""
-        self.computed = 0
-        """Tokens in the KV cache."""
-        self.decoded = 0
-        """Tokens that its seat's figures do not count yet."""
+        self.known = 0
+        """Tokens in the KV cache, before it joined."""
+        self.joined: int | None = None
+        """The step since which it has decoded in each; None if it did not in the last."""
         self.running = False
         """It has taken part in a step, and was not preempted since."""
         self.preemptions = 0
@@ -56,6 +57,78 @@ class Stream:
     def decoding(self) -> bool:
         return self.prefill_left == 0
 
+    @property
+    def computed(self) -> int:
+        """Tokens in the KV cache."""
+        return self.known if self.joined is None else self.known + self.seat.decodes.step - self.joined
+
+
+class Decodes:
+    """All sequences that decode, and how far they are. Only the step policy changes it.
+
+    Whoever takes part in a step makes one token and grows by one, and from step to step few come or go. So a
+    step notes only those, and all sums follow by difference: what a step costs does not grow with the batch.
+
+    Invariants: `count` sequences decode, `kv_tokens` are those of the ones in the last step, and
+    `resting_kv_tokens` those of the others.
+    """
+
+    def __init__(self) -> None:
+        self.step = 0
+        """Steps so far."""
+        self.count = 0
+        self.kv_tokens = 0
+        self.resting_kv_tokens = 0
+        self._batch: dict[Hashable, Stream] = {}
+        """Those in the last step."""
+
+    @property
+    def in_step(self) -> int:
+        """How many were in the last step."""
+        return len(self._batch)
+
+    def begin(self, stream: Stream) -> None:
+        """The sequence's prompt is computed."""
+        self.count += 1
+        self.resting_kv_tokens += stream.known
+
+    def end(self, stream: Stream) -> None:
+        """The sequence is over, or lost its KV cache."""
+        if stream.joined is not None:
+            self._rest(stream)
+        self.count -= 1
+        self.resting_kv_tokens -= stream.known
+
+    def advance(self, scheduled: Mapping[Any, int], streams: Mapping[Hashable, Stream]) -> list[Stream]:
+        """One more step, of these; returns those of them that are still prompts."""
+        prompts = []
+        for stream_id in scheduled.keys() - self._batch.keys():
+            stream = streams[stream_id]
+            if stream.decoding:
+                self._join(stream)
+            else:
+                prompts.append(stream)
+        if len(self._batch) + len(prompts) > len(scheduled):
+            for stream_id in self._batch.keys() - scheduled.keys():
+                self._rest(self._batch[stream_id])
+        self.kv_tokens += len(self._batch)
+        self.step += 1
+        return prompts
+
+    def _join(self, stream: Stream) -> None:
+        stream.seat.count_in(stream, 1)
+        stream.joined = self.step
+        self._batch[stream.stream_id] = stream
+        self.resting_kv_tokens -= stream.known
+        self.kv_tokens += stream.known
+
+    def _rest(self, stream: Stream) -> None:
+        stream.seat.count_in(stream, -1)
+        stream.known, stream.joined = stream.computed, None
+        del self._batch[stream.stream_id]
+        self.kv_tokens -= stream.known
+        self.resting_kv_tokens += stream.known
+
 
 class StepSeat:
     """One seat in the engine. Only the step policy writes it.
@@ -66,13 +139,17 @@ class StepSeat:
 
     __slots__ = (
         "borrowed_decoded",
+        "borrowed_in_step",
         "counted_at",
+        "counted_step",
+        "decodes",
         "guarantee_tok_s",
         "held",
         "held_s",
         "lead",
         "owed",
         "owed_decoded",
+        "owed_in_step",
         "prefill_tok_s",
         "quantity",
         "rate",
@@ -82,7 +159,8 @@ class StepSeat:
         "weight",
     )
 
-    def __init__(self, tag: float) -> None:
+    def __init__(self, tag: float, decodes: Decodes) -> None:
+        self.decodes = decodes
         self.guarantee_tok_s = 0.0
         self.prefill_tok_s = 1.0
         self.quantity = 1
@@ -103,7 +181,11 @@ class StepSeat:
         """Sequence-seconds held so far."""
         self.owed_decoded = 0
         self.borrowed_decoded = 0
-        """Tokens of streams that are gone, not counted yet."""
+        """Tokens up to `counted_step` that were not settled yet."""
+        self.owed_in_step = 0
+        self.borrowed_in_step = 0
+        """Its sequences in each step since `counted_step`."""
+        self.counted_step = decodes.step
         self.visible = 0
         """Its decodes in the batch that is being chosen."""
 
@@ -121,11 +203,19 @@ class StepSeat:
         if owed == self.owed:
             return False
         for stream in self.owed:
-            stream.owed = False
+            self._set_owed(stream, False)
         for stream in owed:
-            stream.owed = True
+            self._set_owed(stream, True)
         self.owed = owed
         return True
+
+    def _set_owed(self, stream: Stream, owed: bool) -> None:
+        if stream.joined is None:
+            stream.owed = owed
+        else:
+            self.count_in(stream, -1)
+            stream.owed = owed
+            self.count_in(stream, 1)
 
     def owed_rate(self) -> float:
         """Tokens per second owed to the sequences that decode."""
@@ -133,20 +223,28 @@ class StepSeat:
 
     def settle(self) -> tuple[int, int]:
         """Take what was decoded since the last call: owed and borrowed tokens."""
+        self._count()
         owed, borrowed = self.owed_decoded, self.borrowed_decoded
-        for stream in self.streams.values():
-            if stream.owed:
-                owed += stream.decoded
-            else:
-                borrowed += stream.decoded
-            stream.decoded = 0
         self.owed_decoded = self.borrowed_decoded = 0
         return owed, borrowed
 
-    def forget(self, stream: Stream) -> None:
-        """The stream is over; what it decoded is kept."""
-        del self.streams[stream.stream_id]
+    def count_token(self, stream: Stream) -> None:
+        """The sequence made a token outside the steps that it decodes in: its first."""
         if stream.owed:
-            self.owed_decoded += stream.decoded
+            self.owed_decoded += 1
         else:
-            self.borrowed_decoded += stream.decoded
+            self.borrowed_decoded += 1
+
+    def count_in(self, stream: Stream, change: int) -> None:
+        """From the next step on, the sequence takes part (+1) or does not (-1)."""
+        self._count()
+        if stream.owed:
+            self.owed_in_step += change
+        else:
+            self.borrowed_in_step += change
+
+    def _count(self) -> None:
+        steps = self.decodes.step - self.counted_step
+        self.owed_decoded += steps * self.owed_in_step
+        self.borrowed_decoded += steps * self.borrowed_in_step
+        self.counted_step = self.decodes.step

@@ -76,7 +76,7 @@ class Config:
     """The flooder's requests per second, as a multiple of what the machine can serve."""
 
     shares_warm_s: float = 15.0
-    """Who connects first fills all slots, and pays that back: until the slots have turned over a few times."""
+    """Who connects first fills all slots, and pays that back: until the slots have turned over."""
     shares_s: float = 240.0
     shares_connections: int = 96
     flood_rounds: int = 5

@@ -46,6 +46,8 @@ class Job:
     left: int
     """Output tokens not composed yet."""
     running: bool = False
+    computed: int = 0
+    """Tokens in its KV cache."""
     made_at: list[float] = field(default_factory=list)
 
     @property
@@ -102,7 +104,7 @@ class Engine:
     def preempt(self, name: str) -> None:
         job = self.jobs[name]
         made = len(job.made_at)
-        job.prompt_left, job.running = job.prompt + made, False
+        job.prompt_left, job.running, job.computed = job.prompt + made, False, 0
         self.policy.preempted(name, job.prompt_left, self.now)
 
     def run(self, seconds: float) -> None:
@@ -163,6 +165,8 @@ class Engine:
             job.prompt_left -= tokens
             if job.decoding:
                 made.append(job)
+        for name, tokens in scheduled.items():
+            self.jobs[name].computed += tokens
         for job in made:
             job.left -= 1
         for name in scheduled:
@@ -190,6 +194,11 @@ class Engine:
         policy = self.policy
         assert policy.held == sum(stream.held for stream in policy.streams.values())
         assert policy.borrowed_limit >= 1
+        decoding = [stream for stream in policy.streams.values() if stream.decoding]
+        decodes = policy._decodes
+        assert decodes.count == len(decoding)
+        assert decodes.kv_tokens + decodes.resting_kv_tokens == sum(each.computed for each in decoding)
+        assert all(policy.streams[name].computed == job.computed for name, job in self.jobs.items())
         for seat in policy.seats.values():
             quantity = seat.quantity if seat.guarantee_tok_s > 0 else 0
             oldest = sorted(seat.streams.values(), key=lambda stream: not stream.decoding)[:quantity]
