@@ -7,7 +7,8 @@ a clock or knows vLLM, so a test or a simulation drives the very code that produ
 docs/scheduling.md tells the theory.
 """
 
-from scheduler.admission import Admission, SeatReading
+from scheduler.admission import Admission
+from scheduler.seats import SeatReading
 from scheduler.terms import Ask, Capacity, Policy, SeatTerms
 from scheduler.tickets import Outcome, Reason, Refusal, State, Ticket
 

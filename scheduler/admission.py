@@ -22,91 +22,17 @@ All methods take `now` in seconds of one monotonic clock and never block.
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
-from scheduler.buckets import TokenBucket
-from scheduler.ledger import WINDOWS_S, Ledger
+from scheduler.buckets import RecentRate, TokenBucket
+from scheduler.ledger import WINDOWS_S
+from scheduler.seats import LimitReading, Seat, SeatHeap, SeatReading
 from scheduler.steps import UNLIMITED
 from scheduler.terms import Ask, Capacity, Policy, SeatTerms
 from scheduler.tickets import Event, Outcome, Reason, Refusal, State, Ticket
-
-
-class Seat:
-    """One pledge's place in the scheduler. Only `Admission` writes it.
-
-    Invariants: `in_flight` is the number of sequences of its running tickets; `tag` is finite and a
-    queued seat's tag is at least `joined_at`.
-    """
-
-    def __init__(self, terms: SeatTerms, policy: Policy, now: float) -> None:
-        self.terms = terms
-        self.closed: Reason | None = None
-        self.queue: OrderedDict[int, Ticket] = OrderedDict()
-        self.waiting = 0
-        """Sequences of the queued tickets."""
-        self.in_flight = 0
-        self.tag = 0.0
-        self.joined_at = 0.0
-        """Virtual time when its queue was last empty and a request came."""
-        self.lifts = 0
-        """How often it came back behind the virtual time and was lifted to it."""
-        self.expected_output = policy.initial_output_tokens
-        self.requests = TokenBucket(terms.rpm_limit, now)
-        self.tokens = TokenBucket(terms.tpm_limit, now)
-        self.ledger = Ledger(terms.guarantee_tok_s, terms.quantity, now)
-        self.outcomes: dict[Outcome, int] = dict.fromkeys(Outcome, 0)
-        self.input_tokens = 0
-        self.cached_tokens = 0
-        self.last_dispatch: float | None = None
-        self.dispatch_gap_s = 1.0
-
-    @property
-    def guaranteed(self) -> bool:
-        return self.closed is None and self.terms.guarantee_tok_s > 0
-
-    @property
-    def unused(self) -> int:
-        """Sequences it may still start at once under its guarantee."""
-        return max(0, self.terms.quantity - self.in_flight) if self.guaranteed else 0
-
-    @property
-    def owed(self) -> int:
-        """Sequences in the engine that count as owed."""
-        return min(self.terms.quantity, self.in_flight) if self.guaranteed else 0
-
-
-@dataclass(frozen=True, slots=True)
-class SeatReading:
-    """What one seat looks like from outside, at one moment; counters are cumulative."""
-
-    seat_id: str
-    queued: int
-    in_flight: int
-    requests: dict[str, int]
-    """Finished decisions by outcome."""
-    input_tokens: int
-    cached_tokens: int
-    output_tokens: int
-    owed_tokens: float
-    borrowed_tokens: float
-    behind_tokens: float
-    shortfall_tokens: float
-    attainment: dict[int, float | None]
-    """By window length in seconds; None where nothing was owed."""
-    virtual_time: float
-
-
-@dataclass(frozen=True, slots=True)
-class LimitReading:
-    """One limit of a seat, as the providers' headers show it."""
-
-    limit: int
-    remaining: int
-    reset_s: float
 
 
 class Admission:
@@ -128,12 +54,12 @@ class Admission:
         self._owed_in_flight = 0
         self._kv_in_use = 0
         self._owed_kv_in_use = 0
-        self._ends = _Rate(1.0)
-        self._owed_entries = _Rate(4.0)
+        self._ends = RecentRate(1.0)
+        self._owed_entries = RecentRate(4.0)
         self._last_number = 0
         self._queued: OrderedDict[int, Ticket] = OrderedDict()
-        self._fair = _SeatHeap(lambda seat: seat.tag)
-        self._owed = _SeatHeap(lambda seat: _head(seat).deadline)
+        self._fair = SeatHeap(lambda seat: seat.tag, lambda seat: seat.backlogged)
+        self._owed = SeatHeap(lambda seat: seat.head.deadline, lambda seat: seat.head_owed)
 
     # --- seats -----------------------------------------------------------------------------------
 
@@ -156,6 +82,9 @@ class Admission:
         """End a seat's block: what runs goes on as borrowed work, what is queued is evicted and returned."""
         seat = self._seats[seat_id]
         self._owed_in_flight -= seat.owed
+        for ticket in seat.owed_tickets.values():
+            self._set_owed_kv(ticket, 0)
+        seat.owed_tickets.clear()
         seat.closed = reason
         seat.ledger.set_terms(0.0, seat.terms.quantity, now)
         return [self._evict(ticket, Refusal(reason), now) for ticket in list(seat.queue.values())]
@@ -209,10 +138,10 @@ class Admission:
         """The tickets that enter the engine now, in order: owed seats first, then by virtual time."""
         entering: list[Ticket] = []
         while True:
-            seat = self._owed.peek(_is_owed) or self._fair.peek(_is_backlogged)
-            if seat is None or not self._fits(_head(seat), now, owed=_is_owed(seat)):
+            seat = self._owed.peek() or self._fair.peek()
+            if seat is None or not self._fits(seat.head, now, owed=seat.head_owed):
                 return entering
-            entering.append(self._start(_head(seat), now, owed=_is_owed(seat)))
+            entering.append(self._start(seat.head, now, owed=seat.head_owed))
 
     def expire(self, now: float) -> list[Ticket]:
         """Evict and return what has been queued for the queue timeout."""
@@ -272,8 +201,7 @@ class Admission:
         ticket.kv_tokens -= saved
         self._kv_in_use -= saved
         if ticket.owed_kv_tokens:
-            ticket.owed_kv_tokens -= saved
-            self._owed_kv_in_use -= saved
+            self._set_owed_kv(ticket, ticket.owed_kv_tokens - saved)
         self._charge(ticket, -saved * self.policy.input_weight)
         self._refresh(ticket.seat)
 
@@ -452,16 +380,16 @@ class Admission:
     def _start(self, ticket: Ticket, now: float, *, owed: bool) -> Ticket:
         seat, policy = ticket.seat, self.policy
         # An owed seat may enter ahead of the fair order, so virtual time follows the order, not the entry.
-        fairest = self._fair.peek(_is_backlogged) or seat
+        fairest = self._fair.peek() or seat
         self.virtual_time = max(self.virtual_time, fairest.tag)
         ticket.apply(Event.DISPATCH)
         ticket.dispatched_at = now
         ticket.expected_output = self._expected_output(seat, ticket)
         ticket.kv_tokens = ticket.input_tokens + ticket.expected_output
         self._kv_in_use += ticket.kv_tokens
-        ticket.owed_kv_tokens = ticket.kv_tokens if owed else 0
-        self._owed_kv_in_use += ticket.owed_kv_tokens
         if owed:
+            self._set_owed_kv(ticket, ticket.kv_tokens)
+            seat.owed_tickets[ticket.number] = ticket
             self._owed_entries.count(ticket.count, now)
         ticket.lifts, ticket.weight = seat.lifts, seat.terms.weight
         prefills = 1 if policy.prefix_caching else ticket.count
@@ -496,7 +424,8 @@ class Admission:
     def _finish(self, ticket: Ticket, now: float) -> None:
         seat = ticket.seat
         self._kv_in_use -= ticket.kv_tokens
-        self._owed_kv_in_use -= ticket.owed_kv_tokens
+        self._set_owed_kv(ticket, 0)
+        seat.owed_tickets.pop(ticket.number, None)
         self._charge_output(ticket, ticket.produced)
         seat.cached_tokens += ticket.cached_tokens
         used = ticket.input_tokens + ticket.produced
@@ -533,83 +462,16 @@ class Admission:
         self.in_flight += change
         self._owed_in_flight += seat.owed
 
+    def _set_owed_kv(self, ticket: Ticket, tokens: int) -> None:
+        self._owed_kv_in_use += tokens - ticket.owed_kv_tokens
+        ticket.owed_kv_tokens = tokens
+
     def _refresh(self, seat: Seat) -> None:
         """Put a seat whose key may have fallen, or whose head is new, where `peek` finds it."""
         if seat.queue:
             self._fair.push(seat)
-            if _is_owed(seat):
+            if seat.head_owed:
                 self._owed.push(seat)
-
-
-class _Rate:
-    """How many a second, of late: a mean that forgets in about `memory_s`."""
-
-    def __init__(self, memory_s: float) -> None:
-        self._memory_s = memory_s
-        self._per_s = 0.0
-        self._at = 0.0
-
-    def count(self, number: int, now: float) -> None:
-        self._per_s = self.per_s(now) + number / self._memory_s
-        self._at = now
-
-    def per_s(self, now: float) -> float:
-        return self._per_s * math.exp(min(0.0, self._at - now) / self._memory_s)
-
-
-class _SeatHeap:
-    """A heap of seats whose keys change under it.
-
-    A seat is pushed whenever its key may have fallen; entries whose key has since risen are put back
-    when they come up, and entries of seats that no longer qualify are dropped. Holds at most twice as
-    many entries as there are seats in it, plus a few.
-    """
-
-    def __init__(self, key: Callable[[Seat], float]) -> None:
-        self._key = key
-        self._entries: list[tuple[float, int, Seat]] = []
-        self._best: dict[Seat, float] = {}
-        self._pushes = 0
-
-    def push(self, seat: Seat) -> None:
-        key = self._key(seat)
-        if self._best.get(seat, float("inf")) <= key:
-            return
-        self._best[seat] = key
-        self._pushes += 1
-        heapq.heappush(self._entries, (key, self._pushes, seat))
-        if len(self._entries) > 2 * len(self._best) + 64:
-            self._entries = [entry for entry in self._entries if self._best.get(entry[2]) == entry[0]]
-            heapq.heapify(self._entries)
-
-    def peek(self, qualifies: Callable[[Seat], bool]) -> Seat | None:
-        """The qualifying seat with the lowest key; it stays in the heap."""
-        while self._entries:
-            key, _, seat = self._entries[0]
-            if self._best.get(seat) != key:
-                heapq.heappop(self._entries)
-            elif not qualifies(seat):
-                heapq.heappop(self._entries)
-                del self._best[seat]
-            elif self._key(seat) > key:
-                heapq.heappop(self._entries)
-                del self._best[seat]
-                self.push(seat)
-            else:
-                return seat
-        return None
-
-
-def _head(seat: Seat) -> Ticket:
-    return next(iter(seat.queue.values()))
-
-
-def _is_backlogged(seat: Seat) -> bool:
-    return bool(seat.queue)
-
-
-def _is_owed(seat: Seat) -> bool:
-    return bool(seat.queue) and _head(seat).count <= seat.unused
 
 
 def _longest(refusals: Iterable[Refusal | None]) -> Refusal | None:

@@ -1,4 +1,4 @@
-"""Token buckets: the request and token limits of a key."""
+"""Counting against the clock: the request and token limits of a key, and how often something happens."""
 
 from __future__ import annotations
 
@@ -52,3 +52,19 @@ class TokenBucket:
     def seconds_to_full(self, now: float) -> float:
         """Seconds until nothing of the limit is in use any more."""
         return (self.limit - self.level(now)) * 60.0 / self.limit
+
+
+class RecentRate:
+    """How many a second, of late: a mean that forgets in about `memory_s`."""
+
+    def __init__(self, memory_s: float) -> None:
+        self._memory_s = memory_s
+        self._per_s = 0.0
+        self._at = 0.0
+
+    def count(self, number: int, now: float) -> None:
+        self._per_s = self.per_s(now) + number / self._memory_s
+        self._at = now
+
+    def per_s(self, now: float) -> float:
+        return self._per_s * math.exp(min(0.0, self._at - now) / self._memory_s)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from scheduler.admission import Seat
+    from scheduler.seats import Seat
 
 
 class State(enum.Enum):
@@ -149,7 +149,7 @@ class Ticket:
         self.kv_tokens = 0
         """KV cache set aside for it while it runs."""
         self.owed_kv_tokens = 0
-        """The same if it entered as owed work, else 0."""
+        """The same if it entered as owed work in a block that is still open, else 0."""
         self.weight = 1.0
         """The seat's weight at dispatch: what was charged at it is refunded at it."""
         self.produced = 0

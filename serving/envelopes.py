@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from scheduler.admission import LimitReading
+from scheduler.seats import LimitReading
 
 Headers = list[tuple[bytes, bytes]]
 

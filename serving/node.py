@@ -18,7 +18,7 @@ from typing import NamedTuple
 from contract.blocks import next_border
 from contract.entitlements import Entitlements, PledgeEntitlement
 from scheduler import Admission, Ask, Capacity, Policy, Reason, Refusal, SeatReading, SeatTerms, Ticket
-from scheduler.admission import LimitReading
+from scheduler.seats import LimitReading
 from serving.keyring import Keyring
 from serving.metrics import DECISION_SECONDS, FIRST_TOKEN_SECONDS, QUEUE_WAIT_SECONDS
 from serving.seat_rows import SeatRows

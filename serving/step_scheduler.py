@@ -102,7 +102,12 @@ class SeatScheduler(AsyncScheduler):
         # One call for each call of `schedule`, in the same order.
         self._step_policy.completed(time.monotonic())
         self._own_s += time.perf_counter() - began
-        return super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for each in outputs.values():
+            # The API process answers in this order, and a large batch takes it long: whoever came last waits
+            # for a first token, the others for one more.
+            each.outputs.reverse()
+        return outputs
 
     def _prepare(self, now: float) -> None:
         policy = self._step_policy

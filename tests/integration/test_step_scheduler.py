@@ -72,6 +72,8 @@ class Stepper:
     batches: deque[tuple[Any, list[str], float]] = field(default_factory=deque)
     requests: dict[str, Request] = field(default_factory=dict)
     made: dict[str, list[float]] = field(default_factory=dict)
+    told: list[str] = field(default_factory=list)
+    """In the order in which the API process is told of their tokens."""
     finished: set[str] = field(default_factory=set)
     preempted: list[str] = field(default_factory=list)
     free_at: float = 0.0
@@ -149,6 +151,7 @@ class Stepper:
             ),
         )
         for each in (one for batch in results.values() for one in batch.outputs):
+            self.told.append(each.request_id)
             self.made[each.request_id] += [done_at] * len(each.new_token_ids)
             if each.finished:
                 self.finished.add(each.request_id)
@@ -290,6 +293,20 @@ def test_decodes_behind_a_prompt_get_their_token_in_every_step(new_stepper: Call
         passed_over += late not in scheduled
         passed_over += first not in scheduled
     assert passed_over == 0
+
+
+def test_a_first_token_is_told_before_the_others_next_ones(new_stepper: Callable[..., Stepper]) -> None:
+    stepper = new_stepper()
+    for _ in range(SLOTS - 1):
+        stepper.add()
+    stepper.run(10)
+    late = stepper.add()
+    stepper.told.clear()
+    while late not in stepper.told:
+        stepper.told.clear()
+        stepper.step()
+    assert stepper.told[0] == late
+    assert len(stepper.told) == SLOTS
 
 
 def test_full_kv_cache_takes_from_borrowed_work_first(new_stepper: Callable[..., Stepper]) -> None:

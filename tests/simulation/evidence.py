@@ -134,7 +134,19 @@ def tight_limits() -> Scenario:
     return Scenario(seats, clients, Capacity(4, 1_000_000))
 
 
+def block_border() -> Scenario:
+    """One seat's block ends while its long answers fill the KV cache, and another's begins."""
+    terms = [SeatTerms(name, 3, 50.0, 2_000.0, HUGE, HUGE) for name in "ab"]
+    seats = (SeatPlan(terms[0], ((0.0, 2.0),)), SeatPlan(terms[1], ((2.0, None),)))
+    clients = (
+        Client("a", ClosedLoop(3), LONG_ANSWERS, end_s=2.0),
+        Client("b", ClosedLoop(3), LONG_ANSWERS, start_s=2.1, end_s=4.0),
+    )
+    return Scenario(seats, clients, Capacity(8, 1_500))
+
+
 def broken_by_aimed_runs() -> Iterator[str]:
+    yield from broken_in(block_border(), seed=1)
     for flood in (LONG_ANSWERS, LONG_PROMPTS):
         yield from broken_in(late_guests(flood), seed=1)
     yield from broken_in(tight_limits(), seed=1)

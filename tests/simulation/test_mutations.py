@@ -22,11 +22,10 @@ from scheduler import (
     SeatTerms,
     State,
     Ticket,
-    admission,
 )
-from scheduler.admission import Seat
 from scheduler.buckets import TokenBucket
 from scheduler.ledger import Ledger
+from scheduler.seats import Seat, SeatHeap
 from scheduler.steps import StepPolicy
 from scheduler.streams import Stream
 from tests.simulation import evidence
@@ -97,7 +96,7 @@ def largest_tag_first(patch: Patch) -> None:
 
     def mutant(self: Admission, capacity: Capacity, policy: Policy | None = None) -> None:
         init(self, capacity, policy)
-        self._fair = admission._SeatHeap(lambda seat: -seat.tag)
+        self._fair = SeatHeap(lambda seat: -seat.tag, lambda seat: seat.backlogged)
 
     patch.setattr(Admission, "__init__", mutant)
 
@@ -113,7 +112,7 @@ def virtual_time_falls(patch: Patch) -> None:
 
 
 def last_come_first_served(patch: Patch) -> None:
-    patch.setattr(admission, "_head", lambda seat: next(reversed(seat.queue.values())))
+    patch.setattr(Seat, "head", property(lambda self: next(reversed(self.queue.values()))))
 
 
 def owed_work_waits_for_free_slots(patch: Patch) -> None:
@@ -137,8 +136,18 @@ def prefix_hits_stay_in_the_owed_account(patch: Patch) -> None:
     patch.setattr(Admission, "record_prefix_hit", mutant)
 
 
+def block_end_leaves_owed_kv_cache_taken(patch: Patch) -> None:
+    close = Admission.close_seat
+
+    def mutant(self: Admission, seat_id: str, reason: Reason, now: float) -> list[Ticket]:
+        self._seats[seat_id].owed_tickets.clear()
+        return close(self, seat_id, reason, now)
+
+    patch.setattr(Admission, "close_seat", mutant)
+
+
 def nobody_is_owed(patch: Patch) -> None:
-    patch.setattr(admission, "_is_owed", lambda seat: False)
+    patch.setattr(Seat, "head_owed", property(lambda self: False))
 
 
 def kv_cache_ignored(patch: Patch) -> None:
@@ -387,6 +396,7 @@ MUTATIONS = [
     Mutation(owed_work_waits_for_free_slots, ("entry guarantee",)),
     Mutation(borrowed_work_takes_owed_room, ("room",)),
     Mutation(prefix_hits_stay_in_the_owed_account, ("room", "entry guarantee", "work conservation")),
+    Mutation(block_end_leaves_owed_kv_cache_taken, ("entry guarantee",), aimed=True),
     Mutation(nobody_is_owed, ("entry guarantee",)),
     Mutation(kv_cache_ignored, ("room",)),
     Mutation(slots_ignored, ("room",)),

@@ -119,6 +119,9 @@ class AdmissionMachine(RuleBasedStateMachine):
         evicted = self.admission.close_seat(seat_id, Reason.OUTSIDE_BLOCK, self.now)
         assert [p.ticket for p in self.queue(seat_id)] == evicted
         model.open = False
+        for prompt in self.running():
+            # From now on it is borrowed work, and makes way for others'.
+            prompt.entered_owed &= prompt.seat_id != seat_id
         model.rates.append((self.now, 0.0, model.terms.quantity))
         self.evict(evicted, Reason.OUTSIDE_BLOCK)
 

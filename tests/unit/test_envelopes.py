@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from scheduler.admission import LimitReading
+from scheduler.seats import LimitReading
 from serving.envelopes import Anthropic, ApiError, OpenAI, OpenAIResponses, Provider, go_duration, rfc3339
 
 ERROR = ApiError(429, "rate_limit_exceeded", "slow down", type="requests", retry_after_s=1.2)

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from scheduler import Policy, SeatTerms
-from scheduler.admission import Seat
+from scheduler.seats import Seat
 from scheduler.tickets import ENDED, TRANSITIONS, Event, State, Ticket
 
 

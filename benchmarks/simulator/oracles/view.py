@@ -170,7 +170,7 @@ class View:
         self.in_flight = 0
         self.kv_in_use = 0
         self.owed_kv_in_use = 0
-        """Of prompts that entered as owed work."""
+        """Of prompts that entered as owed work, in blocks that are still open."""
         self.virtual_time = 0.0
         self.ended = Recent(promised.ends_memory_s)
         self.owed_entered = Recent(promised.owed_memory_s)
@@ -280,8 +280,13 @@ class View:
     def _change(self, event: trace.Event) -> None:
         match event:
             case trace.SeatClosed():
-                self.seats[event.seat_id].open = False
-                self.seats[event.seat_id].changes += 1
+                seat = self.seats[event.seat_id]
+                seat.open = False
+                seat.changes += 1
+                for view in [self.prompts[number] for number in seat.numbers]:
+                    if view.ended_at is None:
+                        self.owed_kv_in_use -= view.owed_kv_tokens
+                        view.owed_kv_tokens = 0
             case trace.CapacityChanged():
                 self.slots, self.kv_tokens = event.slots, event.kv_tokens
             case trace.MachineChanged():
