@@ -70,7 +70,7 @@ def test_sigterm_lets_the_running_finish_and_gives_the_queue_back(
         assert httpx.get(f"{node.stats_url}/readyz").status_code == 503
         assert running.result().json()["usage"]["completion_tokens"] == 2000
     assert process.wait(15) == 0
-    assert gone(members)
+    wait_for(lambda: gone(members), 5)
 
 
 @pytest.mark.parametrize("own_node", [1], indirect=True)

@@ -697,7 +697,7 @@ def test_shared_prefixes_while_held(
 ) -> None:
     hog, owed = sell(TIGHT * solo_tok_s), sell(TIGHT * solo_tok_s)
     prefix = "import os\n" * 100
-    requests = [body(number, prompt=f"{prefix} # {number}", output=150) for number in range(SLOTS - 1)]
+    requests = [body(number, prompt=f"{prefix} # {number}", output=300) for number in range(SLOTS - 1)]
 
     async def run(clients: Clients) -> None:
         expected = await alone(clients, hog, requests)
