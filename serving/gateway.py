@@ -176,31 +176,28 @@ class Exchange:
         await response.finish()
 
     async def _generate(self, route: Route, content: bytes, verdict: Verdict) -> None:
-        """Run vLLM's handler beside the scheduler's decision; whichever answers first does."""
+        """Run vLLM's handler, unless the scheduler refuses meanwhile.
+
+        The handler runs here and not in a task of its own: beside hundreds of streams each turn of the event
+        loop takes milliseconds, and a new task is one more turn before the first token.
+        """
         response = HeldResponse(self, verdict)
         current_verdict.set(verdict)
-        engine = asyncio.create_task(
-            self.app(self._engine_scope(route, content), self._replay(content), response.take)
-        )
-        refused = asyncio.create_task(verdict.refused.wait())
+        attendant = _Attendant(response, verdict)
+        failure: Exception | None = None
         try:
-            silence_s = HOLD_S
-            while not (engine.done() or refused.done()):
-                await asyncio.wait(
-                    {engine, refused},
-                    timeout=None if response.flowing else silence_s,
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
-                if not (engine.done() or refused.done() or response.flowing):
-                    await response.keep_alive()
-                    silence_s = KEEP_ALIVE_S
+            await self.app(self._engine_scope(route, content), self._replay(content), response.take)
+        except asyncio.CancelledError:
+            # Ours or `generate`'s, for a refused request; else the server ends the connection.
+            if verdict.refusal is None:
+                raise
+        except Exception as error:
+            failure = error
         finally:
-            refused.cancel()
-            engine.cancel()
-            [failure] = await asyncio.gather(engine, return_exceptions=True)
+            await attendant.leave()
         if verdict.refusal is not None:
             await response.refuse(self._refusal_error(verdict.refusal))
-        elif isinstance(failure, Exception):
+        elif failure is not None:
             log.error("%s: the engine failed", self.request_id, exc_info=failure)
             await response.refuse(_internal_error())
         else:
@@ -353,6 +350,45 @@ class HeldResponse:
         except ValueError:
             body = {}
         return self._exchange.provider.engine_error(status, body if isinstance(body, dict) else {})
+
+
+class _Attendant:
+    """Beside vLLM's handler: tells a waiting client that the wait goes on, and ends the handler when the
+    scheduler refuses its request. Made in the handler's own task."""
+
+    def __init__(self, response: HeldResponse, verdict: Verdict) -> None:
+        handler = asyncio.current_task()
+        assert handler is not None
+        self._handler = handler
+        self._response = response
+        self._verdict = verdict
+        self._handling = True
+        self._cut = False
+        self._task = asyncio.create_task(self._attend())
+
+    async def leave(self) -> None:
+        """The handler has ended. A keep-alive that is on its way is not cut in the middle."""
+        self._handling = False
+        self._verdict.decided.set()
+        await self._task
+        if self._cut:
+            self._handler.uncancel()
+
+    async def _attend(self) -> None:
+        silence_s = HOLD_S
+        while not await self._decided_within(silence_s):
+            if not self._response.flowing:
+                await self._response.keep_alive()
+                silence_s = KEEP_ALIVE_S
+        if self._handling:
+            self._cut = self._handler.cancel()
+
+    async def _decided_within(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(None if self._response.flowing else seconds):
+                return await self._verdict.decided.wait()
+        except TimeoutError:
+            return False
 
 
 def _or_raise(value: T | ApiError) -> T:

@@ -54,14 +54,15 @@ class Verdict:
     prompts: int = 1
     dispatched: bool = False
     refusal: Refusal | None = None
-    refused: asyncio.Event = field(default_factory=asyncio.Event)
+    decided: asyncio.Event = field(default_factory=asyncio.Event)
+    """The request was refused, or is over."""
     places: list[Place] = field(default_factory=list)
 
     def refuse(self, refusal: Refusal) -> None:
         """The first refusal stands and ends the whole request."""
         if self.refusal is None:
             self.refusal = refusal
-            self.refused.set()
+            self.decided.set()
         for place in self.places:
             if not place.entered.done():
                 place.entered.set_exception(RefusedError())

@@ -22,7 +22,7 @@ from contract.entitlements import (
     PoolTerms,
 )
 from contract.keys import KeyKind, key_sha256, new_key
-from scheduler import Ask, Capacity, Policy
+from scheduler import Ask, Capacity, Policy, Reason, Refusal
 from serving import gateway
 from serving.gateway import Message, Receive, Scope, SeatMiddleware, Send
 from serving.node import Node, RefusedError, Verdict, current_verdict
@@ -199,6 +199,59 @@ async def test_engine_that_raises_amid_a_stream_ends_it_with_an_error(node: Node
     last = exchanged.body.decode().split("data: ")[2]
     assert json.loads(last)["error"]["code"] == "engine_error"
     assert node.admission.in_flight == 0
+
+
+async def test_a_handler_that_does_not_notice_the_refusal_is_ended(node: Node) -> None:
+    ended = asyncio.Event()
+
+    async def deaf(scope: Scope, receive: Receive, send: Send) -> None:
+        verdict = current_verdict.get()
+        asyncio.get_running_loop().call_later(0.05, verdict.refuse, Refusal(Reason.QUEUE_TIMEOUT, 1.0))
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    exchanged = Exchanged(node, deaf)
+    await asyncio.wait_for(exchanged.task, 5)
+    assert ended.is_set()
+    assert exchanged.status == 503
+    assert exchanged.task.cancelling() == 0
+
+
+async def test_an_exchange_that_the_server_ends_leaves_nothing_behind(node: Node) -> None:
+    before = asyncio.all_tasks()
+    async with _slot_taken(node):
+        exchanged = Exchanged(node, streaming)
+        await asyncio.sleep(0.05)
+        assert node.admission.queued() == 1
+        exchanged.task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await exchanged.task
+    assert node.admission.queued() == 0
+    assert asyncio.all_tasks() <= before
+
+
+async def test_a_keep_alive_on_its_way_is_not_cut(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that reads slowly holds up what is sent to it; the answer's start must not get lost."""
+    monkeypatch.setattr(gateway, "HOLD_S", 0.02)
+    reads = asyncio.Event()
+
+    class SlowClient(Exchanged):
+        async def _send(self, message: Message) -> None:
+            await reads.wait()
+            await super()._send(message)
+
+    async def without_tokens(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": STREAM})
+        await asyncio.sleep(0.1)
+
+    exchanged = SlowClient(node, without_tokens)
+    await asyncio.sleep(0.2)
+    reads.set()
+    await asyncio.wait_for(exchanged.task, 5)
+    assert exchanged.status == 200
+    assert exchanged.body.startswith(b": waiting")
 
 
 async def test_slow_prefill_is_kept_alive_too(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
