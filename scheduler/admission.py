@@ -320,8 +320,7 @@ class Admission:
 
     def _enqueue(self, seat: Seat, ask: Ask, reserved_tokens: int, now: float) -> Ticket:
         self._last_number += 1
-        policy, terms = self.policy, seat.terms
-        due = now + policy.first_token_grace_s + ask.input_tokens / terms.prefill_tok_s
+        due = self._due(seat, ask, now)
         ticket = Ticket(
             self._last_number,
             seat,
@@ -330,7 +329,7 @@ class Admission:
             count=ask.count,
             submitted_at=now,
             deadline=due,
-            expires_at=now + policy.queue_timeout_s,
+            expires_at=now + self.policy.queue_timeout_s,
         )
         seat.requests.take(ask.count, now)
         ticket.reserved_tokens = reserved_tokens
@@ -344,6 +343,15 @@ class Admission:
         seat.ledger.expect(ticket.number, ticket.count, due if ticket.count == 1 else math.inf)
         self._refresh(seat)
         return ticket
+
+    def _due(self, seat: Seat, ask: Ask, now: float) -> float:
+        """When the first token is due. Prompts that come faster than the seats read have to wait for those
+        before them: their tokens were not sold for any earlier."""
+        policy, terms = self.policy, seat.terms
+        tokens = ask.input_tokens if policy.prefix_caching else ask.input_tokens * ask.count
+        seat.read_by = max(seat.read_by, now) + tokens / (terms.prefill_tok_s * terms.quantity)
+        alone = now + ask.input_tokens / terms.prefill_tok_s
+        return max(seat.read_by, alone) + policy.first_token_grace_s
 
     def _rejoin(self, seat: Seat) -> None:
         """Start backlogged at the virtual time of those who are, however long the seat was idle."""

@@ -34,6 +34,8 @@ class Seat:
         """Virtual time when its queue was last empty and a request came."""
         self.lifts = 0
         """How often it came back behind the virtual time and was lifted to it."""
+        self.read_by = now
+        """When its prompts so far would be read at the rate of its seats."""
         self.expected_output = policy.initial_output_tokens
         self.requests = TokenBucket(terms.rpm_limit, now)
         self.tokens = TokenBucket(terms.tpm_limit, now)

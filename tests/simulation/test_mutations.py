@@ -322,6 +322,16 @@ def ledger_owes_for_all_requests(patch: Patch) -> None:
     patch.setattr(Ledger, "rate", property(lambda self: self._guarantee * self._owing))
 
 
+def all_prompts_are_due_at_once(patch: Patch) -> None:
+    due = Admission._due
+
+    def mutant(self: Admission, seat: Seat, ask: Ask, now: float) -> float:
+        seat.read_by = 0.0
+        return due(self, seat, ask, now)
+
+    patch.setattr(Admission, "_due", mutant)
+
+
 def ledger_misses_deliveries(patch: Patch) -> None:
     deliver: Any = Ledger.deliver
     patch.setattr(Ledger, "deliver", lambda self, tokens, now: deliver(self, min(tokens, 1), now))
@@ -421,6 +431,7 @@ MUTATIONS = [
     Mutation(closed_seat_is_served, ("blocks", "honest refusals")),
     Mutation(ledger_forgets_deadlines, ("ledger",)),
     Mutation(ledger_owes_for_all_requests, ("ledger",)),
+    Mutation(all_prompts_are_due_at_once, ("ledger",)),
     Mutation(ledger_misses_deliveries, ("ledger",)),
     Mutation(nothing_is_held, ("pace",), aimed=True),
     Mutation(holds_outlast_their_reason, ("needless hold", "work conservation")),

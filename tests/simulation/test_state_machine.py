@@ -70,6 +70,8 @@ class Model:
     rates: list[tuple[float, float, int]] = field(default_factory=list)
     """Guarantee and quantity from each moment on."""
     delivered: int = 0
+    read_by: float = 0.0
+    """When its prompts so far are read, at the rate of all its seats."""
 
     def refill(self, now: float) -> None:
         gone = (now - self.at) / 60
@@ -355,7 +357,9 @@ class AdmissionMachine(RuleBasedStateMachine):
             model.tokens -= reserved
             # With `n` sequences it has to wait for as many seats: owed from its first token on only.
             grace = 1.0 if ask.count == 1 else math.inf
-            due = self.now + grace + ask.input_tokens / model.terms.prefill_tok_s
+            reading_s = ask.input_tokens / model.terms.prefill_tok_s
+            model.read_by = max(model.read_by, self.now) + reading_s / model.terms.quantity
+            due = max(model.read_by, self.now + reading_s) + grace
             self.prompts.append(Prompt(ticket, seat_id, ask, self.now, due, reserved))
 
     def evict(self, tickets: list[Ticket], reason: Reason) -> None:

@@ -160,6 +160,14 @@ def test_deadline_is_the_grace_plus_the_time_to_read_the_prompt() -> None:
     assert ticket.deadline == 10.0 + 1.0 + 0.5
 
 
+def test_prompts_that_come_faster_than_the_seats_read_are_due_one_after_the_other() -> None:
+    admission = node(terms("a", 2, guarantee=50, prefill=200.0))
+    tickets = put(admission, "a", *[ask(input_tokens=100)] * 4, now=10.0)
+    assert [ticket.deadline for ticket in tickets] == [11.5, 11.5, 11.75, 12.0]
+    [later] = put(admission, "a", ask(input_tokens=100), now=20.0)
+    assert later.deadline == 21.5
+
+
 def test_request_wider_than_the_unused_seats_is_borrowed_and_keeps_nobody_out() -> None:
     admission = node(terms("a", guarantee=50), *(terms(x, guarantee=50) for x in "bcd"), slots=8)
     put(admission, "a", *[ask(count=4)] * 3)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from benchmarks.simulator import trace
 from benchmarks.simulator.oracles.oracle import Oracle
-from benchmarks.simulator.oracles.view import EPSILON, Promised, PromptView, View
+from benchmarks.simulator.oracles.view import EPSILON, PromptView, View
 
 
 class LedgerTruth(Oracle):
@@ -47,7 +46,7 @@ class LedgerTruth(Oracle):
         for prompt in prompts:
             if prompt.outcomes == ["rejected"]:
                 continue
-            start = owing_since(prompt, terms, view.promised)
+            start = owing_since(prompt)
             stop = end if prompt.ended_at is None else prompt.ended_at
             for opened, closed in self._blocks[totals.seat_id]:
                 if max(start, opened) < min(stop, closed):
@@ -58,16 +57,9 @@ class LedgerTruth(Oracle):
             yield f"{totals.seat_id} shows {totals.owed_tokens} owed, it was {owed}"
 
 
-def owing_since(prompt: PromptView, terms: trace.SeatOpened, promised: Promised) -> float:
-    """When a prompt began to be owed its rate: at its first token, or when that was due.
-
-    With `n` sequences it has to wait for as many seats, so only at its first token.
-    """
-    if prompt.prompt.count > 1:
-        return math.inf if prompt.first_token_at is None else prompt.first_token_at
-    reading_s = prompt.prompt.input_tokens / terms.prefill_tok_s
-    due = prompt.submitted_at + promised.first_token_grace_s + reading_s
-    return due if prompt.first_token_at is None else min(due, prompt.first_token_at)
+def owing_since(prompt: PromptView) -> float:
+    """When a prompt began to be owed its rate: at its first token, or when that was due."""
+    return prompt.due if prompt.first_token_at is None else min(prompt.due, prompt.first_token_at)
 
 
 def integrate(marks: list[tuple[float, int]], most: int) -> float:

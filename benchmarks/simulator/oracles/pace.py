@@ -76,7 +76,7 @@ class Pace(Oracle):
         for prompt in view.prompts.values():
             if prompt.prompt.seat_id != seat_id or prompt.outcomes == ["rejected"]:
                 continue
-            start = max(opened, owing_since(prompt, terms, view.promised))
+            start = max(opened, owing_since(prompt))
             stop = closed if prompt.ended_at is None else min(closed, prompt.ended_at)
             if start < stop:
                 marks += [(start, prompt.prompt.count, 0), (stop, -prompt.prompt.count, 0)]

@@ -81,6 +81,8 @@ class SeatView:
     tickets: int = 0
     """Prompts in the engine."""
     expected: float = 0.0
+    read_by: float = 0.0
+    """When its prompts so far are read, at its seats' rate."""
     service: float = 0.0
     """Cost of what the engine did for it."""
     largest_cost: float = 0.0
@@ -111,6 +113,8 @@ class PromptView:
 
     prompt: trace.Prompt
     submitted_at: float
+    due: float = math.inf
+    """When its first token is; never for one of several sequences, which waits for as many seats."""
     reserved: float = 0.0
     kv_tokens: int = 0
     owed_kv_tokens: int = 0
@@ -307,6 +311,7 @@ class View:
         left = seat.terms.tpm_limit
         for prompt in event.prompts:
             view = self.prompts[prompt.number] = PromptView(prompt, event.at)
+            view.due = self._due(seat, prompt, event.at)
             view.reserved = min(left, self.need(prompt))
             left -= int(view.reserved)
             seat.requests.add(-prompt.count, event.at)
@@ -315,6 +320,13 @@ class View:
             seat.numbers.append(prompt.number)
             seat.waiting += prompt.count
         seat.changes += 1
+
+    def _due(self, seat: SeatView, prompt: trace.Prompt, now: float) -> float:
+        reading_s = prompt.input_tokens / seat.terms.prefill_tok_s
+        seat.read_by = max(seat.read_by, now) + reading_s / seat.terms.quantity
+        if prompt.count > 1:
+            return math.inf
+        return max(seat.read_by, now + reading_s) + self.promised.first_token_grace_s
 
     def _enter(self, event: trace.Entered) -> None:
         view = self.prompts[event.number]
