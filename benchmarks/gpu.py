@@ -130,7 +130,6 @@ def gpu_config(folder: Path) -> guarantee.Config:
         isolation_rounds=2,
         beside_s=12.0,
         solo_s=12.0,
-        plain_beside_s=6.0,
         step_s=8.0,
     )
 

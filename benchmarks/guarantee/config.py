@@ -71,7 +71,6 @@ class Config:
     isolation_rounds: int = 8
     beside_s: float = 25.0
     solo_s: float = 15.0
-    plain_beside_s: float = 10.0
     flood_times: float = 3.0
     """The flooder's requests per second, as a multiple of what the machine can serve."""
 
@@ -110,7 +109,6 @@ class Config:
             isolation_rounds=1,
             beside_s=8.0,
             solo_s=6.0,
-            plain_beside_s=5.0,
             shares_warm_s=5.0,
             shares_s=20.0,
             flood_rounds=1,

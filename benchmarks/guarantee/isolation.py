@@ -38,7 +38,7 @@ ITERATIONS = "vllm:iteration_tokens_total_count"
 
 
 def seconds(config: Config) -> float:
-    measured_s = config.solo_s + config.beside_s + config.plain_beside_s
+    measured_s = config.solo_s + 2 * config.beside_s
     capacity_s = config.warm_s + config.calibration_s
     return capacity_s + config.isolation_rounds * (3 * config.warm_s + measured_s + _DRAIN_S)
 
@@ -57,7 +57,7 @@ def measure(bench: Bench) -> Rows:
         turns = [
             (bench.seats, SOLO, config.solo_s),
             (bench.seats, BESIDE, config.beside_s),
-            (bench.plain, BESIDE, config.plain_beside_s),
+            (bench.plain, BESIDE, config.beside_s),
         ]
         # The order alternates, so that a drift of the machine falls on both systems.
         for server, condition, window_s in turns if number % 2 else turns[::-1]:
