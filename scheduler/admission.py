@@ -76,16 +76,15 @@ class Admission:
         seat.tokens.resize(terms.tpm_limit, now)
         seat.ledger.set_terms(terms.guarantee_tok_s, terms.quantity, now)
         self._owed_in_flight += seat.owed - owed
+        self._settle_owed_kv(seat)
         self._refresh(seat)
 
     def close_seat(self, seat_id: str, reason: Reason, now: float) -> list[Ticket]:
         """End a seat's block: what runs goes on as borrowed work, what is queued is evicted and returned."""
         seat = self._seats[seat_id]
         self._owed_in_flight -= seat.owed
-        for ticket in seat.owed_tickets.values():
-            self._set_owed_kv(ticket, 0)
-        seat.owed_tickets.clear()
         seat.closed = reason
+        self._settle_owed_kv(seat)
         seat.ledger.set_terms(0.0, seat.terms.quantity, now)
         return [self._evict(ticket, Refusal(reason), now) for ticket in list(seat.queue.values())]
 
@@ -185,6 +184,7 @@ class Admission:
             if ticket.first_token_at is None:
                 ticket.first_token_at = now
                 if not ticket.ended:
+                    seat.unread -= 1
                     seat.ledger.first_token(ticket.number, now)
             if ticket.produced > ticket.charged_output and not ticket.ended:
                 self._charge_output(ticket, ticket.produced)
@@ -338,6 +338,7 @@ class Admission:
             self._rejoin(seat)
         seat.queue[ticket.number] = ticket
         seat.waiting += ticket.count
+        seat.unread += 1
         self._queued[ticket.number] = ticket
         # With `n` sequences it has to wait for as many of its seats: owed from its first token on only.
         seat.ledger.expect(ticket.number, ticket.count, due if ticket.count == 1 else math.inf)
@@ -349,7 +350,9 @@ class Admission:
         before them: their tokens were not sold for any earlier."""
         policy, terms = self.policy, seat.terms
         tokens = ask.input_tokens if policy.prefix_caching else ask.input_tokens * ask.count
-        seat.read_by = max(seat.read_by, now) + tokens / (terms.prefill_tok_s * terms.quantity)
+        # What was read sooner, or not at all, leaves no debt.
+        begin = max(seat.read_by, now) if seat.unread else now
+        seat.read_by = begin + tokens / (terms.prefill_tok_s * terms.quantity)
         alone = now + ask.input_tokens / terms.prefill_tok_s
         return max(seat.read_by, alone) + policy.first_token_grace_s
 
@@ -434,6 +437,7 @@ class Admission:
         self._kv_in_use -= ticket.kv_tokens
         self._set_owed_kv(ticket, 0)
         seat.owed_tickets.pop(ticket.number, None)
+        seat.unread -= ticket.first_token_at is None
         self._charge_output(ticket, ticket.produced)
         seat.cached_tokens += ticket.cached_tokens
         used = ticket.input_tokens + ticket.produced
@@ -455,6 +459,7 @@ class Admission:
         return ticket
 
     def _leave_queue(self, ticket: Ticket, now: float) -> None:
+        ticket.seat.unread -= 1
         ticket.seat.ledger.end(ticket.number, ticket.count, now)
         self._unqueue(ticket)
 
@@ -469,6 +474,10 @@ class Admission:
         seat.in_flight += change
         self.in_flight += change
         self._owed_in_flight += seat.owed
+
+    def _settle_owed_kv(self, seat: Seat) -> None:
+        for ticket in seat.owed_tickets.values():
+            self._set_owed_kv(ticket, ticket.kv_tokens if seat.guaranteed else 0)
 
     def _set_owed_kv(self, ticket: Ticket, tokens: int) -> None:
         self._owed_kv_in_use += tokens - ticket.owed_kv_tokens

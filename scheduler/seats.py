@@ -28,7 +28,7 @@ class Seat:
         """Sequences of the queued tickets."""
         self.in_flight = 0
         self.owed_tickets: dict[int, Ticket] = {}
-        """Those in the engine that entered as owed work, in the block that is open."""
+        """Those in the engine that entered as owed work."""
         self.tag = 0.0
         self.joined_at = 0.0
         """Virtual time when its queue was last empty and a request came."""
@@ -36,6 +36,8 @@ class Seat:
         """How often it came back behind the virtual time and was lifted to it."""
         self.read_by = now
         """When its prompts so far would be read at the rate of its seats."""
+        self.unread = 0
+        """Tickets that have not ended and have no first token yet."""
         self.expected_output = policy.initial_output_tokens
         self.requests = TokenBucket(terms.rpm_limit, now)
         self.tokens = TokenBucket(terms.tpm_limit, now)

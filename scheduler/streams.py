@@ -39,7 +39,7 @@ class Stream:
         self.ready = True
         """Whether the engine could start it; not while its grammar is compiled, say."""
         self.known = 0
-        """Tokens in the KV cache, before it joined."""
+        """Tokens in the KV cache, but for those of the steps since it joined."""
         self.joined: int | None = None
         """The step since which it has decoded in each; None if it did not in the last."""
         self.running = False
@@ -67,7 +67,7 @@ class Decodes:
     """All sequences that decode, and how far they are. Only the step policy changes it.
 
     Whoever takes part in a step makes one token and grows by one, and from step to step few come or go. So a
-    step notes only those, and all sums follow by difference: what a step costs does not grow with the batch.
+    step notes only those, and all sums follow by difference: what a step costs hardly grows with the batch.
 
     Invariants: `count` sequences decode, `kv_tokens` are those of the ones in the last step, and
     `resting_kv_tokens` those of the others.

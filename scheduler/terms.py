@@ -28,7 +28,8 @@ class Policy:
     output_weight: float = 2.0
     """Cost of one output token. 1 and 2 as in VTC (Sheng et al., OSDI 2024)."""
     first_token_grace_s: float = 1.0
-    """T0: a first token is due by `submit + T0 + input / prefill_tok_s`."""
+    """T0: a first token is due by `submit + T0 + input / prefill_tok_s`, unless the seat has
+    unread prompts before it."""
     queue_timeout_s: float = 60.0
     """A queued request is evicted after this long, never before."""
     max_queued_per_seat: int = 256

@@ -149,7 +149,7 @@ class Ticket:
         self.kv_tokens = 0
         """KV cache set aside for it while it runs."""
         self.owed_kv_tokens = 0
-        """The same if it entered as owed work in a block that is still open, else 0."""
+        """The same if it entered as owed work and its seat's block is open, else 0."""
         self.weight = 1.0
         """The seat's weight at dispatch: what was charged at it is refunded at it."""
         self.produced = 0

@@ -369,24 +369,24 @@ class _Attendant:
     async def leave(self) -> None:
         """The handler has ended. A keep-alive that is on its way is not cut in the middle."""
         self._handling = False
-        self._verdict.decided.set()
+        self._verdict.over.set()
         await self._task
         if self._cut:
             self._handler.uncancel()
 
     async def _attend(self) -> None:
         silence_s = HOLD_S
-        while not await self._decided_within(silence_s):
+        while not await self._over_within(silence_s):
             if not self._response.flowing:
                 await self._response.keep_alive()
                 silence_s = KEEP_ALIVE_S
         if self._handling:
             self._cut = self._handler.cancel()
 
-    async def _decided_within(self, seconds: float) -> bool:
+    async def _over_within(self, seconds: float) -> bool:
         try:
             async with asyncio.timeout(None if self._response.flowing else seconds):
-                return await self._verdict.decided.wait()
+                return await self._verdict.over.wait()
         except TimeoutError:
             return False
 

@@ -54,7 +54,7 @@ class Verdict:
     prompts: int = 1
     dispatched: bool = False
     refusal: Refusal | None = None
-    decided: asyncio.Event = field(default_factory=asyncio.Event)
+    over: asyncio.Event = field(default_factory=asyncio.Event)
     """The request was refused, or is over."""
     places: list[Place] = field(default_factory=list)
 
@@ -62,7 +62,7 @@ class Verdict:
         """The first refusal stands and ends the whole request."""
         if self.refusal is None:
             self.refusal = refusal
-            self.decided.set()
+            self.over.set()
         for place in self.places:
             if not place.entered.done():
                 place.entered.set_exception(RefusedError())

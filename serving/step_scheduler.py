@@ -104,9 +104,9 @@ class SeatScheduler(AsyncScheduler):
         self._own_s += time.perf_counter() - began
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for each in outputs.values():
-            # The API process answers in this order, and a large batch takes it long: whoever came last waits
-            # for a first token, the others for one more.
-            each.outputs.reverse()
+            # The API process answers in this order, which takes it long for a large batch: first who waits
+            # for a first token. vLLM tells of the prompt with that, and never again.
+            each.outputs.sort(key=lambda output: output.prefill_stats is None)
         return outputs
 
     def _prepare(self, now: float) -> None:
@@ -139,10 +139,7 @@ class SeatScheduler(AsyncScheduler):
         owed.sort(key=lambda each: streams[each.request_id].due)
         ready = [each for each in owed if each.status in _READY]
         slots = len(ready) - (self.max_num_active_reqs - len(self.running))
-        # With what the running ones take of it in the same step, before these come to their turn.
-        kv_blocks = sum(self._blocks(each.num_tokens) + 1 for each in ready)
-        kv_blocks += self._blocks(len(self.running)) + int(self.kv_cache_manager.watermark_blocks)
-        while slots > 0 or self._free_blocks_left() < kv_blocks:
+        while slots > 0 or self._short_of_blocks(ready):
             victim_id = self._step_policy.victim(each.request_id for each in self.running)
             if victim_id is None or not self._request_blocks_can_be_freed(
                 victim := self.requests[str(victim_id)]
@@ -164,6 +161,18 @@ class SeatScheduler(AsyncScheduler):
 
     def _free_blocks_left(self) -> int:
         return int(self.kv_cache_manager.block_pool.get_num_free_blocks())
+
+    def _short_of_blocks(self, ready: list[Request]) -> bool:
+        # With what the running ones take of it in the same step, before these come to their turn.
+        needed = self._blocks(len(self.running)) + int(self.kv_cache_manager.watermark_blocks)
+        needed += sum(self._blocks(each.num_tokens) + 1 for each in ready)
+        free = self._free_blocks_left()
+        return free < needed and free < needed - sum(self._blocks_shared(each) for each in ready)
+
+    def _blocks_shared(self, request: Request) -> int:
+        """Of the blocks that the request needs, those that running ones hold: their common prefix."""
+        hits, *_ = self.kv_cache_manager.get_computed_blocks(request)
+        return sum(block.ref_cnt > 0 for block in hits.blocks[0])
 
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self.block_size)

@@ -35,7 +35,7 @@ examples:
       look for step times with which the published rows come out better
 
 Progress goes to stderr, results to stdout and to --out. Exit status: 0 when every target is met and no
-promise broken, 1 otherwise, 2 for a wrong call.
+promise broken, 1 otherwise, 2 for a wrong call, 130 when it was stopped (what was seen is written).
 """
 
 
@@ -74,6 +74,8 @@ def _soak(arguments: argparse.Namespace, folder: Path) -> int:
     for line in found.broken:
         print(line)
     print(f"written: {path}")
+    if found.simulations < found.asked:
+        return 130
     return 1 if found.broken_seeds else 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -13,7 +14,7 @@ from benchmarks.simulator.oracles import MOST_REPORTED, Promised, violations
 from benchmarks.simulator.simulation import Scenario, Simulation
 
 SAY_EVERY = 1_000
-PART = 100
+PART = 25
 """Seeds that a process plays at a time."""
 
 
@@ -23,6 +24,8 @@ class Soak:
 
     first: int
     simulations: int = 0
+    asked: int = 0
+    """Simulations that there should be: more than there are if it was stopped."""
     broken: list[str] = field(default_factory=list)
     """The first few broken promises, each with its seed."""
     broken_seeds: int = 0
@@ -65,10 +68,12 @@ def broken_by(seed: int) -> tuple[list[str], list[trace.Event]]:
 
 
 def soak(first: int, count: int, say: Callable[[str], None], jobs: int) -> Soak:
-    """Play `count` seeds from `first` on in `jobs` processes; goes on after a broken promise."""
-    found, began = Soak(first), time.monotonic()
+    """Play `count` seeds from `first` on in `jobs` processes; goes on after a broken promise. Ctrl-C ends it
+    with what has been seen by then."""
+    found, began = Soak(first, asked=count), time.monotonic()
     parts = [range(seed, min(seed + PART, first + count)) for seed in range(first, first + count, PART)]
-    with ProcessPoolExecutor(min(jobs, len(parts))) as executor:
+    executor = ProcessPoolExecutor(min(jobs, len(parts)), initializer=_leave_ctrl_c_to_the_parent)
+    try:
         for part in executor.map(_play, parts):
             found.add(part)
             found.seconds = time.monotonic() - began
@@ -76,15 +81,37 @@ def soak(first: int, count: int, say: Callable[[str], None], jobs: int) -> Soak:
                 say(line)
             if found.simulations % SAY_EVERY == 0:
                 say(f"{found.simulations} of {count}: {found.broken_seeds} with a broken promise")
+    except KeyboardInterrupt:
+        say(f"stopped after {found.simulations} of {count}")
+    finally:
+        executor.shutdown(cancel_futures=True)
     return found
+
+
+def _leave_ctrl_c_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _play(seeds: range) -> Soak:
     found = Soak(seeds.start)
     for seed in seeds:
-        broken, events = broken_by(seed)
+        try:
+            broken, events = broken_by(seed)
+        except Exception as error:
+            broken, events = [f"crash: {error!r} (seed {seed})"], []
         composed = [event for event in events if isinstance(event, trace.Composed)]
         held = any(event.held for event in composed)
         preempted = any(event.preempted for event in composed)
-        found.add(Soak(seed, 1, broken, bool(broken), len(composed), held, preempted))
+        # One line for each seed, or a noisy one would hide the others.
+        found.add(
+            Soak(
+                seed,
+                simulations=1,
+                broken=broken[:1],
+                broken_seeds=int(bool(broken)),
+                steps=len(composed),
+                held=held,
+                preempted=preempted,
+            )
+        )
     return found

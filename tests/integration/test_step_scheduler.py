@@ -353,6 +353,20 @@ def test_what_the_prefix_cache_had_is_not_prefilled_for_the_policy(
     assert stream.computed == stepper.scheduler.requests[again].num_computed_tokens
 
 
+def test_a_prefix_that_running_ones_hold_takes_no_kv_cache_from_them(
+    new_stepper: Callable[..., Stepper],
+) -> None:
+    stepper = new_stepper(kv_blocks=100)
+    stepper.sell(50.0)
+    prefix = list(range(960))
+    for number in range(3):
+        stepper.add(tokens=[*prefix, number])
+    stepper.run(30)
+    owed = stepper.add(SOLD, tokens=[*prefix, 9], output=5)
+    assert owed in stepper.step().num_scheduled_tokens
+    assert stepper.preempted == [], "60 of its 61 blocks are there already"
+
+
 def test_a_block_that_ends_makes_running_streams_borrowed(new_stepper: Callable[..., Stepper]) -> None:
     stepper = new_stepper()
     stepper.sell(480.0)

@@ -140,8 +140,10 @@ def block_end_leaves_owed_kv_cache_taken(patch: Patch) -> None:
     close = Admission.close_seat
 
     def mutant(self: Admission, seat_id: str, reason: Reason, now: float) -> list[Ticket]:
-        self._seats[seat_id].owed_tickets.clear()
-        return close(self, seat_id, reason, now)
+        tickets, self._seats[seat_id].owed_tickets = self._seats[seat_id].owed_tickets, {}
+        evicted = close(self, seat_id, reason, now)
+        self._seats[seat_id].owed_tickets = tickets
+        return evicted
 
     patch.setattr(Admission, "close_seat", mutant)
 

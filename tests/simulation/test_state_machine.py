@@ -121,9 +121,6 @@ class AdmissionMachine(RuleBasedStateMachine):
         evicted = self.admission.close_seat(seat_id, Reason.OUTSIDE_BLOCK, self.now)
         assert [p.ticket for p in self.queue(seat_id)] == evicted
         model.open = False
-        for prompt in self.running():
-            # From now on it is borrowed work, and makes way for others'.
-            prompt.entered_owed &= prompt.seat_id != seat_id
         model.rates.append((self.now, 0.0, model.terms.quantity))
         self.evict(evicted, Reason.OUTSIDE_BLOCK)
 
@@ -268,6 +265,9 @@ class AdmissionMachine(RuleBasedStateMachine):
     def of(self, ticket: Ticket) -> Prompt:
         return next(p for p in self.prompts if p.ticket is ticket)
 
+    def of_seat(self, seat_id: str) -> list[Prompt]:
+        return [p for p in self.prompts if p.seat_id == seat_id]
+
     def queue(self, seat_id: str) -> list[Prompt]:
         return [p for p in self.prompts if p.seat_id == seat_id and p.state == "queued"]
 
@@ -293,7 +293,7 @@ class AdmissionMachine(RuleBasedStateMachine):
         need = prompt.ask.input_tokens + self.models[prompt.seat_id].output(prompt.ask)
         owed = sum(min(self.seats(seat_id), self.used(seat_id)) for seat_id in self.models)
         if prompt.ask.count <= self.unused(prompt.seat_id):
-            owed_kv = sum(p.kv for p in running if p.entered_owed)
+            owed_kv = sum(p.kv for p in running if p.entered_owed and self.seats(p.seat_id))
             return owed + prompt.ask.count <= SLOTS and owed_kv + need <= KV
         borrowed = sum(p.ask.count for p in running) - owed
         if borrowed > 0 and borrowed + prompt.ask.count > self.admission.borrowed_limit:
@@ -358,6 +358,8 @@ class AdmissionMachine(RuleBasedStateMachine):
             # With `n` sequences it has to wait for as many seats: owed from its first token on only.
             grace = 1.0 if ask.count == 1 else math.inf
             reading_s = ask.input_tokens / model.terms.prefill_tok_s
+            if all(p.ended_at is not None or p.first_token_at is not None for p in self.of_seat(seat_id)):
+                model.read_by = 0.0
             model.read_by = max(model.read_by, self.now) + reading_s / model.terms.quantity
             due = max(model.read_by, self.now + reading_s) + grace
             self.prompts.append(Prompt(ticket, seat_id, ask, self.now, due, reserved))

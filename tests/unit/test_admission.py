@@ -168,6 +168,36 @@ def test_prompts_that_come_faster_than_the_seats_read_are_due_one_after_the_othe
     assert later.deadline == 21.5
 
 
+@pytest.mark.parametrize("end", ["answered", "canceled", "evicted"])
+def test_prompts_that_are_no_longer_unread_leave_no_debt(end: str) -> None:
+    """Whether the machine read them early, or never has to."""
+    admission = node(terms("a", guarantee=50, prefill=200.0))
+    tickets = put(admission, "a", *[ask(input_tokens=100)] * 20, now=10.0)
+    if end == "evicted":
+        admission.close_seat("a", Reason.OUTSIDE_BLOCK, 10.5)
+        admission.open_seat(terms("a", guarantee=50, prefill=200.0), 10.5)
+    for ticket in tickets:
+        if end == "answered":
+            admission.dispatch(10.5)
+            admission.record_step([(ticket, 1)], 10.5)
+        admission.release(ticket, 10.5)
+    [next_one] = put(admission, "a", ask(input_tokens=100), now=11.0)
+    assert next_one.deadline == 11.0 + 0.5 + 1.0
+
+
+def test_a_seat_that_reopens_has_its_kv_cache_back() -> None:
+    admission = node(terms("a", guarantee=50), terms("b", guarantee=50), slots=4, kv=1_000)
+    put(admission, "a", ask(input_tokens=600))
+    assert seats_of(admission.dispatch(0.0)) == "a"
+    admission.close_seat("a", Reason.OUTSIDE_BLOCK, 1.0)
+    put(admission, "b", ask(input_tokens=300), now=1.0)
+    assert seats_of(admission.dispatch(1.0)) == "b", "borrowed work makes way"
+    admission.open_seat(terms("a", guarantee=50), 2.0)
+    admission.open_seat(terms("c", guarantee=50), 2.0)
+    put(admission, "c", ask(input_tokens=50), now=2.0)
+    assert seats_of(admission.dispatch(2.0)) == ""
+
+
 def test_request_wider_than_the_unused_seats_is_borrowed_and_keeps_nobody_out() -> None:
     admission = node(terms("a", guarantee=50), *(terms(x, guarantee=50) for x in "bcd"), slots=8)
     put(admission, "a", *[ask(count=4)] * 3)

@@ -163,7 +163,7 @@ async def test_eviction_of_one_prompt_refuses_the_whole_request() -> None:
     await settle()
     clocks.advance(5)
     ticking = asyncio.create_task(node.run())
-    await asyncio.wait_for(verdict.decided.wait(), 2)
+    await asyncio.wait_for(verdict.over.wait(), 2)
     ticking.cancel()
     assert verdict.dispatched
     assert verdict.refusal is not None

@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from contract.step_time import StepTime
 from scheduler.step_time import StepTimeFit
 from scheduler.steps import UNLIMITED, Plan, StepPolicy, StepRules
+from scheduler.streams import StepSeat
 
 MACHINE = StepTime(base_s=2e-3, prefill_token_s=20e-6, decode_s=100e-6, kv_token_s=1e-10)
 """A step with n decodes takes about 2 + n/10 ms."""
@@ -668,6 +669,30 @@ def test_borrowed_prompts_do_not_break_the_pace() -> None:
         engine.add(f"p{number}", "free", prompt=20_000)
     engine.run(3.0)
     assert lowest_attainment(engine.jobs["owed"], 300.0) >= 0.95
+
+
+def test_every_token_is_counted_once_for_its_seat(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: Counter[StepSeat] = Counter()
+    settle = StepSeat.settle
+
+    def counting(seat: StepSeat) -> tuple[int, int]:
+        owed, borrowed = settle(seat)
+        counted[seat] += owed + borrowed
+        return owed, borrowed
+
+    monkeypatch.setattr(StepSeat, "settle", counting)
+    engine = engine_with(300.0, 20)
+    engine.run(0.5)
+    engine.preempt("b3")
+    engine.abort("b4")
+    engine.add("late", "free", prompt=500)
+    engine.run(0.5)
+    engine.preempt("owed")
+    engine.run(0.5)
+    for name, seat in engine.policy.seats.items():
+        seat.settle()
+        jobs = [job for job in (engine.jobs | engine.done).values() if job.seat == name]
+        assert counted[seat] == sum(10**6 - job.left for job in jobs) > 0
 
 
 def kept_back(engine: Engine) -> set[str]:

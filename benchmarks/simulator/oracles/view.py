@@ -83,6 +83,8 @@ class SeatView:
     expected: float = 0.0
     read_by: float = 0.0
     """When its prompts so far are read, at its seats' rate."""
+    unread: int = 0
+    """Prompts that wait for a first token."""
     service: float = 0.0
     """Cost of what the engine did for it."""
     largest_cost: float = 0.0
@@ -287,10 +289,7 @@ class View:
                 seat = self.seats[event.seat_id]
                 seat.open = False
                 seat.changes += 1
-                for view in [self.prompts[number] for number in seat.numbers]:
-                    if view.ended_at is None:
-                        self.owed_kv_in_use -= view.owed_kv_tokens
-                        view.owed_kv_tokens = 0
+                self._settle_owed_kv(seat)
             case trace.CapacityChanged():
                 self.slots, self.kv_tokens = event.slots, event.kv_tokens
             case trace.MachineChanged():
@@ -305,6 +304,15 @@ class View:
             seat.expected = self.promised.initial_output_tokens
         seat.open = True
         seat.changes += 1
+        self._settle_owed_kv(seat)
+
+    def _settle_owed_kv(self, seat: SeatView) -> None:
+        """What entered as owed work is owed while the block is open."""
+        for view in [self.prompts[number] for number in seat.numbers]:
+            if view.entered and view.owed and view.ended_at is None:
+                self.owed_kv_in_use -= view.owed_kv_tokens
+                view.owed_kv_tokens = view.kv_tokens if seat.quota else 0
+                self.owed_kv_in_use += view.owed_kv_tokens
 
     def _queue(self, event: trace.Queued) -> None:
         seat = self.seats[event.seat_id]
@@ -323,7 +331,9 @@ class View:
 
     def _due(self, seat: SeatView, prompt: trace.Prompt, now: float) -> float:
         reading_s = prompt.input_tokens / seat.terms.prefill_tok_s
-        seat.read_by = max(seat.read_by, now) + reading_s / seat.terms.quantity
+        start = max(seat.read_by, now) if seat.unread else now
+        seat.read_by = start + reading_s / seat.terms.quantity
+        seat.unread += 1
         if prompt.count > 1:
             return math.inf
         return max(seat.read_by, now + reading_s) + self.promised.first_token_grace_s
@@ -370,6 +380,7 @@ class View:
             seat.service += cost
             if made and view.first_token_at is None:
                 view.first_token_at = event.at
+                seat.unread -= view.ended_at is None
             seat.largest_cost = max(seat.largest_cost, view.cost)
 
         for key in event.ended:
@@ -386,6 +397,7 @@ class View:
     def _finish(self, view: PromptView, at: float) -> None:
         seat = self.seats[view.prompt.seat_id]
         view.ended_at = at
+        seat.unread -= view.first_token_at is None
         for key in view.streams:
             self.streams.pop(key, None)
         self.kv_in_use -= view.kv_tokens
@@ -405,6 +417,7 @@ class View:
         view = self.prompts[event.number]
         seat = self.seats[view.prompt.seat_id]
         view.ended_at = event.at
+        seat.unread -= 1
         view.outcomes.append("evicted" if isinstance(event, trace.Evicted) else "canceled")
         seat.queue.remove(event.number)
         seat.waiting -= view.prompt.count
