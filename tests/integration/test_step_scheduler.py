@@ -30,7 +30,7 @@ from tests.integration.conftest import (
     wait_for,
 )
 from tests.integration.test_lifecycle import run_serving
-from tests.integration.test_limits import ending_block, engine_running
+from tests.integration.test_limits import clock_time, ending_block, engine_running
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -564,14 +564,28 @@ async def alone(clients: Clients, seat: Seat, requests: list[dict[str, Any]]) ->
     return [await clients.stream(seat, request) for request in requests]
 
 
+async def started(clients: Clients, seat: Seat, requests: list[dict[str, Any]]) -> list[asyncio.Task[Answer]]:
+    """The requests on their way, each past its first token: a tight pace lets no further prompt begin."""
+    answers = [Answer() for _ in requests]
+    running = [
+        asyncio.create_task(clients.stream(seat, request, answer))
+        for request, answer in zip(requests, answers, strict=True)
+    ]
+
+    async def all_began() -> bool:
+        return all(answer.at or answer.text for answer in answers)
+
+    await clients.until(all_began)
+    return running
+
+
 async def beside(
     clients: Clients, hog: Seat, owed: Seat, requests: list[dict[str, Any]], owed_request: dict[str, Any]
 ) -> tuple[list[Answer], Answer, list[float]]:
     """The hog's requests all at once, and the owed one once they run; the numbers held meanwhile."""
     seen: list[float] = []
     watcher = asyncio.create_task(clients.watch("boosts_held_sequences", seen))
-    running = [asyncio.create_task(clients.stream(hog, request)) for request in requests]
-    await asyncio.sleep(0.1)
+    running = await started(clients, hog, requests)
     answer = await clients.stream(owed, owed_request)
     answers = list(await asyncio.gather(*running))
     watcher.cancel()
@@ -758,17 +772,20 @@ def test_streams_whose_block_ends_finish_and_are_owed_nothing_more(
     step_node: RunningNode, solo_tok_s: float, sell: Callable[..., Seat]
 ) -> None:
     hog = sell(TIGHT * solo_tok_s)
-    ending = sell(TIGHT * solo_tok_s, blocks=ending_block(1))
 
-    async def run(clients: Clients) -> None:
-        paced = asyncio.create_task(clients.stream(ending, body(92, output=1_900)))
+    async def run(clients: Clients) -> Seat:
         requests = [body(number, output=1_500) for number in range(1, SLOTS - 1)]
-        running = [asyncio.create_task(clients.stream(hog, request)) for request in requests]
+        running = await started(clients, hog, requests)
+        ending = sell(TIGHT * solo_tok_s, blocks=ending_block(1))
+        # It stays open for a moment of grace, which is shorter than the stream.
+        await asyncio.sleep(max(0.0, ending.pledge.blocks[0].ends - clock_time(time.time())))
+        paced = asyncio.create_task(clients.stream(ending, body(92, output=1_900)))
         answers = await asyncio.gather(paced, *running)
         assert len(answers[0].token_ids) == 1_900
         assert [len(each.token_ids) for each in answers[1:]] == [1_500] * len(requests)
+        return ending
 
-    on_node(step_node, run)
+    ending: Seat = on_node(step_node, run)
     assert step_node.seat_stats(hog)["held_s"] > 0
     # What it still made once its block was over, nobody owed it.
     stats = step_node.seat_stats(ending)
