@@ -220,7 +220,7 @@ class StepPolicy:
             self._choose(now)
         elif self._refill:
             self._bring_to_room(now)
-        prefill_tokens = self._plan_prompts(now)
+        prefill_tokens = self._plan_prompts(now) if self._prompts else None
         changed = tuple(stream for stream, held in self._changed.items() if stream.held != held)
         self._changed.clear()
         return Plan(changed, prefill_tokens)
@@ -462,9 +462,6 @@ class StepPolicy:
 
     def _plan_prompts(self, now: float) -> int | None:
         """Keep prompts back where an owed one needs their place; the most prompt tokens of the step."""
-        if not self._prompts:
-            self._made_way = False
-            return None
         prompts = self._prompts.values()
         owed = [stream for stream in prompts if stream.owed and (stream.running or stream.ready)]
         # An engine serves running prompts before waiting ones. They make way for one step at most, or short
@@ -477,12 +474,9 @@ class StepPolicy:
             in_the_way = urgent is not None and not (stream.owed and stream.due <= urgent)
             back = in_the_way or (tight and not stream.owed)
             self._set_held(stream, back and stream.running, now)
-        # Borrowed prompts beside it would only make its step longer: they come in the next.
-        alone = urgent is not None and self._lone is None
-        most, wanted = self._prefill_room(owed), sum(stream.prefill_left for stream in owed)
-        return most if not alone else wanted if most is None else min(most, wanted)
+        return self._prefill_tokens(owed)
 
-    def _prefill_room(self, owed: list[Stream]) -> int | None:
+    def _prefill_tokens(self, owed: list[Stream]) -> int | None:
         if self.allowed_s is None:
             return None
         rules, model = self.rules, self.fit.model
