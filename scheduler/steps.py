@@ -28,7 +28,7 @@ from collections import deque
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from heapq import heapify, heapreplace, nsmallest
-from typing import Any
+from typing import Any, NamedTuple
 
 from scheduler.step_time import StepTimeFit
 from scheduler.streams import Decodes, StepSeat, Stream
@@ -48,7 +48,9 @@ class StepRules:
     """and by so much at least: a second in which a slow stream gets one token less is a second missed."""
     review_steps: int = 16
     review_s: float = 0.1
-    """Steps and time after which the batch is chosen anew, if nothing calls for it earlier."""
+    easy_review_s: float = 0.3
+    """Steps and time after which the batch is chosen anew, if nothing calls for it earlier; the longer time
+    while half as many again as there are would fit."""
     turn_steps: int = 32
     """Steps for which a sequence takes part, or is held, before it may change places with another; in tokens
     over weight, what a seat must lag behind another to get a place of it."""
@@ -85,8 +87,7 @@ class Plan:
     """Prompt tokens that the step may take beside its decodes; None for as many as the engine can."""
 
 
-@dataclass(frozen=True, slots=True)
-class Composed:
+class Composed(NamedTuple):
     """What is in a step that is on its way through the engine."""
 
     at: float
@@ -126,6 +127,8 @@ class StepPolicy:
         """Of the seat that is furthest behind, in time of its rate; 0 if nobody is."""
         self._virtual = 0.0
         self._steps: deque[Composed] = deque()
+        self._took: list[tuple[Composed, float]] = []
+        """Steps that are done, with their seconds, since the last review: learned from all at once."""
         self._last_end = 0.0
         self._until_review = 0
         self._review = False
@@ -133,7 +136,7 @@ class StepPolicy:
         self._changed: dict[Stream, bool] = {}
         """With what the adapter last knew of their `held`."""
         self._limited_at = 0.0
-        self._reviewed_at = float("-inf")
+        self._review_at = float("-inf")
         self._made_way = False
         """Prompts were kept back in the last step for an owed one that waited."""
         self._lone: StepSeat | None = None
@@ -188,9 +191,11 @@ class StepPolicy:
             self.borrowed_limit = UNLIMITED
 
     def preempted(self, stream_id: Hashable, recompute_tokens: int, now: float) -> None:
-        """The sequence lost its KV cache and waits; `recompute_tokens` are to be prefilled again."""
+        """The sequence lost its KV cache and waits, held no more; `recompute_tokens` are to be prefilled again."""
         stream = self.streams[stream_id]
         self._set_held(stream, False, now)
+        # The adapter knows: it may begin anew in the step that is being made, and be held in the next.
+        self._changed.pop(stream, None)
         if stream.decoding:
             self._decodes.end(stream)
         stream.running = False
@@ -216,7 +221,7 @@ class StepPolicy:
 
     def plan(self, now: float) -> Plan:
         """Choose what may take part in the next step."""
-        if self._review or self._until_review <= 0 or now - self._reviewed_at >= self.rules.review_s:
+        if self._review or self._until_review <= 0 or now >= self._review_at:
             self._choose(now)
         elif self._refill:
             self._bring_to_room(now)
@@ -227,10 +232,9 @@ class StepPolicy:
 
     def composed(self, scheduled: Mapping[Any, int], now: float) -> None:
         """The step that was made of the plan: tokens to compute, by stream."""
-        prompts = self._decodes.advance(scheduled, self.streams)
+        prompts = self._decodes.advance(scheduled, self._prompts)
         decodes, kv_tokens, prefill = self._decodes.in_step, self._decodes.kv_tokens, 0
-        for stream in prompts:
-            tokens = scheduled[stream.stream_id]
+        for stream, tokens in prompts:
             self._prefilled(stream, tokens)
             prefill += tokens
             kv_tokens += stream.known
@@ -259,7 +263,7 @@ class StepPolicy:
         step = self._steps.popleft()
         began = max(self._last_end, step.at)
         self._last_end = now
-        self.fit.observe(step.prefill_tokens, step.decodes, step.kv_tokens, now - began)
+        self._took.append((step, now - began))
 
     # --- victims -----------------------------------------------------------------------------------
 
@@ -288,7 +292,10 @@ class StepPolicy:
 
     def _choose(self, now: float) -> None:
         self._review = self._refill = False
-        self._until_review, self._reviewed_at = self.rules.review_steps, now
+        self._until_review, self._review_at = self.rules.review_steps, now + self.rules.review_s
+        for step, seconds in self._took:
+            self.fit.observe(step.prefill_tokens, step.decodes, step.kv_tokens, seconds)
+        self._took.clear()
         owed = self._account(now)
         if not owed:
             self._free_all(now)
@@ -297,12 +304,15 @@ class StepPolicy:
         fitting, borrowed = self._fitting(owed)
         # It grows bit by bit: a step that happened to be short is no reason to try twice the batch.
         self._room = fitting if self._room == UNLIMITED else min(fitting, self._room + 2 + self._room // 4)
-        if self.held or self._room < self._borrowed_count():
+        borrowed_count = self._borrowed_count()
+        if self.held or self._room < borrowed_count:
             for place, stream in enumerate(borrowed or self._borrowed_decodes()):
                 self._set_held(stream, place >= self._room, now)
             for seat in owed:
                 for stream in seat.owed:
                     self._set_held(stream, False, now)
+        elif fitting > borrowed_count + self._decodes.count // 2:
+            self._review_at = now + self.rules.easy_review_s
         self._limit_borrowed(self._room + max(1, int(self._room * self.rules.spare_share)), now)
 
     def _account(self, now: float) -> dict[StepSeat, float]:
@@ -507,9 +517,13 @@ class StepPolicy:
             change = 1 if held else -1
             self.held += change
             if stream.decoding:
-                if held and not stream.seat.held:
-                    # From now on it lacks something; what it did while it did not is no lead and no lag.
-                    stream.seat.tag = max(stream.seat.tag, self._virtual)
+                if held:
+                    self._decodes.hold(stream)
+                    if not stream.seat.held:
+                        # From now on it lacks something; what it did while it did not is no lead and no lag.
+                        stream.seat.tag = max(stream.seat.tag, self._virtual)
+                else:
+                    self._decodes.release(stream)
                 stream.seat.held += change
                 self._held_decodes += change
 

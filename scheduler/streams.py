@@ -41,7 +41,7 @@ class Stream:
         self.known = 0
         """Tokens in the KV cache, but for those of the steps since it joined."""
         self.joined: int | None = None
-        """The step since which it has decoded in each; None if it did not in the last."""
+        """The step since which it has decoded in each; None if it did not in the last, or was held since."""
         self.running = False
         """It has taken part in a step, and was not preempted since."""
         self.preemptions = 0
@@ -66,11 +66,11 @@ class Stream:
 class Decodes:
     """All sequences that decode, and how far they are. Only the step policy changes it.
 
-    Whoever takes part in a step makes one token and grows by one, and from step to step few come or go. So a
-    step notes only those, and all sums follow by difference: what a step costs hardly grows with the batch.
+    Whoever takes part in a step makes one token and grows by one, and from step to step few come or go. So
+    only those are looked at, and all sums follow by difference: what a step costs hardly grows with the batch.
 
-    Invariants: `count` sequences decode, `kv_tokens` are those of the ones in the last step, and
-    `resting_kv_tokens` those of the others.
+    Invariants: `count` sequences decode, `kv_tokens` are those of the ones in the batch, and
+    `resting_kv_tokens` those of the others; whoever decodes is in the batch, held or outside.
     """
 
     def __init__(self) -> None:
@@ -80,42 +80,57 @@ class Decodes:
         self.kv_tokens = 0
         self.resting_kv_tokens = 0
         self._batch: dict[Hashable, Stream] = {}
-        """Those in the last step."""
+        """Those that were in the last step and were not held since."""
+        self._outside: dict[Hashable, Stream] = {}
+        """Those that were not in it, and that nothing keeps out of the next."""
 
     @property
     def in_step(self) -> int:
-        """How many were in the last step."""
+        """How many were in the last step, and were not held since."""
         return len(self._batch)
 
     def begin(self, stream: Stream) -> None:
         """The sequence's prompt is computed."""
         self.count += 1
         self.resting_kv_tokens += stream.known
+        self._outside[stream.stream_id] = stream
+
+    def hold(self, stream: Stream) -> None:
+        """The sequence takes part in no step from now on."""
+        if stream.joined is None:
+            self._outside.pop(stream.stream_id, None)
+        else:
+            self._rest(stream)
+
+    def release(self, stream: Stream) -> None:
+        """A held sequence may take part again."""
+        self._outside[stream.stream_id] = stream
 
     def end(self, stream: Stream) -> None:
         """The sequence is over, or lost its KV cache."""
-        if stream.joined is not None:
-            self._rest(stream)
+        self.hold(stream)
         self.count -= 1
         self.resting_kv_tokens -= stream.known
 
-    def advance(self, scheduled: Mapping[Any, int], streams: Mapping[Hashable, Stream]) -> list[Stream]:
-        """One more step, of these; returns those of them that are still prompts."""
-        prompts = []
-        for stream_id in scheduled.keys() - self._batch.keys():
-            stream = streams[stream_id]
-            if stream.decoding:
-                self._join(stream)
-            else:
-                prompts.append(stream)
-        if len(self._batch) + len(prompts) > len(scheduled):
-            for stream_id in self._batch.keys() - scheduled.keys():
-                self._rest(self._batch[stream_id])
+    def advance(
+        self, scheduled: Mapping[Any, int], prompts: Mapping[Hashable, Stream]
+    ) -> list[tuple[Stream, int]]:
+        """One more step, of these sequences; returns the `prompts` among them, with their tokens."""
+        begun = [(prompt, scheduled[key]) for key, prompt in prompts.items() if key in scheduled]
+        for stream in [each for key, each in self._outside.items() if key in scheduled]:
+            self._join(stream)
+        if len(self._batch) + len(begun) > len(scheduled):
+            # The engine passed some over, for want of tokens or KV cache.
+            for key in self._batch.keys() - scheduled.keys():
+                stream = self._outside[key] = self._batch[key]
+                self._rest(stream)
+        assert len(self._batch) + len(begun) == len(scheduled), "a held or unknown sequence was in a step"
         self.kv_tokens += len(self._batch)
         self.step += 1
-        return prompts
+        return begun
 
     def _join(self, stream: Stream) -> None:
+        del self._outside[stream.stream_id]
         stream.seat.count_in(stream, 1)
         stream.joined = self.step
         self._batch[stream.stream_id] = stream

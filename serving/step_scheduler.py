@@ -115,8 +115,10 @@ class SeatScheduler(AsyncScheduler):
         if self._until_refresh <= 0:
             self._until_refresh = _REFRESH_STEPS
             self._refresh_seats()
-        for request in self.waiting:
-            policy.streams[request.request_id].ready = request.status in _READY
+            self._publish_model()
+        if self.waiting:
+            for request in self.waiting:
+                policy.streams[request.request_id].ready = request.status in _READY
         plan = policy.plan(now)
         for stream in plan.changed:
             self.requests[str(stream.stream_id)].next_decode_eligible_step = _NEVER if stream.held else 0
@@ -217,26 +219,28 @@ class SeatScheduler(AsyncScheduler):
             else:
                 self._step_policy.forget_seat(row)
 
+    def _publish_model(self) -> None:
+        fit = self._step_policy.fit
+        model = fit.model
+        self._table.write(
+            model_samples=fit.samples,
+            model_error=fit.error,
+            base_s=model.base_s,
+            prefill_token_s=model.prefill_token_s,
+            decode_s=model.decode_s,
+            kv_token_s=model.kv_token_s,
+            experts_s=model.experts_s,
+            active_share=model.active_share,
+        )
+
     def _publish(self) -> None:
-        policy, fit = self._step_policy, self._step_policy.fit
+        policy = self._step_policy
         self._table.write(
             held=policy.held,
             borrowed_limit=policy.borrowed_limit,
             allowed_s=policy.allowed_s or 0.0,
             preempted=self._preempted,
         )
-        if fit.samples % _REFRESH_STEPS == 0:
-            model = fit.model
-            self._table.write(
-                model_samples=fit.samples,
-                model_error=fit.error,
-                base_s=model.base_s,
-                prefill_token_s=model.prefill_token_s,
-                decode_s=model.decode_s,
-                kv_token_s=model.kv_token_s,
-                experts_s=model.experts_s,
-                active_share=model.active_share,
-            )
 
 
 def _refuse_unknown(config: VllmConfig) -> None:

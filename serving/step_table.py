@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import mmap
 import tempfile
+from bisect import bisect_left
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Self
@@ -166,9 +167,7 @@ class StepTable:
         """One step cost this much of our own time."""
         self._cells[_NAMES["own_s"]] += seconds
         self._cells[_NAMES["steps"]] += 1
-        microseconds = seconds * 1e6
-        bucket = sum(microseconds > bound for bound in OWN_TIME_US)
-        self._cells[_BUCKETS + bucket] += 1
+        self._cells[_BUCKETS + bisect_left(OWN_TIME_US, seconds * 1e6)] += 1
 
     def read(self) -> StepReadings:
         return StepReadings(*self._cells[_HEAD : _HEAD + len(_NAMES)].tolist())

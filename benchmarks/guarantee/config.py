@@ -92,6 +92,8 @@ class Config:
     visit_output: Lengths = _BRIEF
 
     step_streams: int = 256
+    step_guarantee_tok_s: float = 5.0
+    """The guarantee with which no pace is in danger beside that many: each gets about 17 tok/s."""
     step_s: float = 20.0
 
     def quick(self) -> Config:

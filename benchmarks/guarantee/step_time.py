@@ -35,10 +35,10 @@ def seconds(config: Config) -> float:
 def measure(bench: Bench) -> Rows:
     config = bench.config
     if _fits(config):
-        bench.sell([OWED, CROWD], config.easy_guarantee_tok_s)
+        bench.sell([OWED, CROWD], config.step_guarantee_tok_s)
         return _cases(bench)
     entitlements = config.folder / "entitlements-step-time.json"
-    write_entitlements([OWED, CROWD], entitlements, guarantee_tok_s=config.easy_guarantee_tok_s)
+    write_entitlements([OWED, CROWD], entitlements, guarantee_tok_s=config.step_guarantee_tok_s)
     engine = Engine(config.model, config.step_streams, config.engine_flags, config.eager)
     logs = config.folder / "step-time"
     logs.mkdir(exist_ok=True)

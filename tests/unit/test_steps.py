@@ -106,6 +106,7 @@ class Engine:
         job = self.jobs[name]
         made = len(job.made_at)
         job.prompt_left, job.running, job.computed = job.prompt + made, False, 0
+        self.held.discard(name)
         self.policy.preempted(name, job.prompt_left, self.now)
 
     def run(self, seconds: float) -> None:
@@ -117,10 +118,11 @@ class Engine:
         for _ in range(count):
             self.step()
 
-    def step(self) -> None:
+    def step(self, after_plan: Callable[[], None] = lambda: None) -> None:
         assert len(self.log) < 20_000, "an endless test"
         plan = self.policy.plan(self.now)
         self._apply(plan)
+        after_plan()
         batch = self._compose(plan)
         self.policy.composed(batch.scheduled, self.now)
         self.check()
@@ -470,6 +472,47 @@ def test_a_lead_is_given_away() -> None:
     without = 1.0 / faster.seconds(0, 13, 0)
     # At most `kept_lead_s` of it counts, over the horizon: an eighth of the rate.
     assert 0.98 * 300.0 <= engine.rate(["owed"], 1.0) <= 0.92 * without
+
+
+def reviews(engine: Engine, seconds: float) -> int:
+    """How often the policy looked again: it learns from the steps of late whenever it does."""
+    count, until, samples = 0, engine.now + seconds, engine.policy.fit.samples
+    while engine.now < until:
+        engine.step()
+        count += engine.policy.fit.samples != samples
+        samples = engine.policy.fit.samples
+    return count
+
+
+def slow_engine(g: float) -> Engine:
+    """Steps of 60 ms, in which 40 borrowed streams and an owed one take part if they may."""
+    slow = StepTime(20e-3, 20e-6, 1e-3, 1e-10)
+    engine = Engine(StepPolicy(known(slow)), slow)
+    engine.seat("free")
+    engine.seat("sold", g)
+    for number in range(40):
+        engine.add(f"b{number}", "free")
+    engine.add("owed", "sold")
+    engine.run(2.0)
+    return engine
+
+
+def test_slow_steps_are_reviewed_more_often_while_a_pace_is_in_danger() -> None:
+    easy, close, tight = slow_engine(5.0), slow_engine(15.0), slow_engine(20.0)
+    assert [engine.policy.held > 0 for engine in (easy, close, tight)] == [False, False, True]
+    assert reviews(easy, 3.0) <= 3.0 / RULES.easy_review_s
+    assert reviews(close, 3.0) >= 3.0 / (RULES.review_s + 0.06)
+    assert reviews(tight, 3.0) >= 3.0 / (RULES.review_s + 0.06)
+
+
+def test_a_machine_that_suddenly_slows_down_is_followed_before_a_second_is_lost() -> None:
+    engine = slow_engine(12.0)
+    assert engine.policy.held == 0
+    engine.step_time = StepTime(30e-3, 30e-6, 1.5e-3, 1e-10)
+    since = engine.now
+    engine.run(4.0)
+    assert engine.policy.held > 0
+    assert engine.rate(["owed"], since) >= 0.97 * 12.0
 
 
 def test_idle_time_is_no_lag() -> None:
@@ -856,7 +899,6 @@ def test_a_preempted_sequence_is_not_held_and_prefills_anew() -> None:
     engine = engine_with(300.0, 40)
     engine.run(1.0)
     name = next(iter(engine.held))
-    engine.held.discard(name)
     held = engine.policy.held
     engine.preempt(name)
     stream = engine.policy.streams[name]
@@ -865,6 +907,18 @@ def test_a_preempted_sequence_is_not_held_and_prefills_anew() -> None:
     assert (stream.computed, stream.running, stream.decoding) == (0, False, False)
     engine.run(2.0)
     assert stream.decoding
+
+
+def test_a_sequence_that_begins_anew_in_the_step_of_its_preemption_can_be_held_in_the_next() -> None:
+    engine = engine_with(300.0, 40)
+    engine.run(1.0)
+    name = next(iter(engine.held))
+    engine.step(lambda: engine.preempt(name))
+    stream = engine.policy.streams[name]
+    assert stream.decoding
+    # The engine checks that it was told.
+    while not stream.held:
+        engine.step()
 
 
 def test_a_preempted_owed_one_is_owed_no_pace_until_it_decodes_again() -> None:
@@ -969,6 +1023,7 @@ def test_steps_teach_the_fit_also_with_two_under_way() -> None:
         for number in range(60):
             engine.add(f"b{number}", "free", prompt=20 + 10 * number, output=50 + 20 * number)
         engine.run(20.0)
+        assert len(engine.log) - RULES.review_steps - ahead <= fit.samples <= len(engine.log)
         for decodes in (1, 20, 60):
             assert fit.model.seconds(0, decodes, 0) == pytest.approx(MACHINE.seconds(0, decodes, 0), rel=0.1)
 

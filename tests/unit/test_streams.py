@@ -21,6 +21,7 @@ class Slow:
         self.computed: dict[Hashable, int] = {}
         self.made: Counter[tuple[str, bool]] = Counter()
         self.in_step: set[Hashable] = set()
+        self.held: set[Hashable] = set()
         self.came = 0
 
     def come(self) -> None:
@@ -38,15 +39,28 @@ class Slow:
         self.decodes.end(stream)
         del stream.seat.streams[name], self.computed[name]
         self.in_step.discard(name)
+        self.held.discard(name)
         stream.seat.classify()
+
+    def hold(self) -> None:
+        for name in self.rng.sample(list(self.streams), k=len(self.streams) // 3):
+            if name in self.held:
+                self.held.remove(name)
+                self.decodes.release(self.streams[name])
+            else:
+                self.held.add(name)
+                self.in_step.discard(name)
+                self.decodes.hold(self.streams[name])
 
     def resell(self) -> None:
         self.seats["sold"].quantity = self.rng.randint(1, 4)
         self.seats["sold"].classify()
 
     def step(self) -> None:
-        names = [name for name in self.streams if self.rng.random() < 0.8]
-        self.decodes.advance(dict.fromkeys(names, 1), self.streams)
+        """Of all that are not held, but that the engine now and then passes some over."""
+        passed_over = self.rng.choice((0.0, 0.0, 0.2))
+        names = [name for name in self.streams if name not in self.held and self.rng.random() >= passed_over]
+        self.decodes.advance(dict.fromkeys(names, 1), {})
         self.in_step = set(names)
         for name in names:
             self.computed[name] += 1
@@ -73,6 +87,8 @@ def test_counts_by_difference_are_those_of_each_step(seed: int) -> None:
             slow.go(slow.rng.choice(list(slow.streams)))
         elif act < 0.4:
             slow.resell()
+        elif act < 0.5:
+            slow.hold()
         elif act < 0.9:
             slow.step()
         else:
