@@ -52,7 +52,7 @@ check: install-dev ## Lint, format check, types, import rules, Dockerfile
 bench: install-dev ## Measure a quiet seat beside a noisy one, on our node and on plain vLLM
 	@exec $(BIN)/boosts bench noisy-neighbour $(ARGS)
 
-bench-guarantee: install-dev ## Measure every promise of the scheduler beside plain vLLM, about 45 minutes
+bench-guarantee: install-dev ## Measure every promise of the scheduler beside plain vLLM, about 50 minutes
 	@exec $(BIN)/boosts bench guarantee $(ARGS)
 
 simulate: install-dev ## Run the VTC paper's experiments in simulation, ours beside its policies, about 6 minutes

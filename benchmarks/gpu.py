@@ -65,14 +65,22 @@ _FLAGS = (
 )
 
 
+_LEAST_GIB = 75
+"""Free GPU memory for both engines: an 80 GB card has a little less in GiB."""
+
+
 def missing_gpu() -> str | None:
     """Why this cannot run here; None if it can."""
     import torch
 
-    if torch.cuda.is_available():
+    if not torch.cuda.is_available():
+        why = "no CUDA GPU here (torch.cuda.is_available() is false)"
+    elif (free_gib := torch.cuda.mem_get_info()[0] / 2**30) < _LEAST_GIB:
+        why = f"the GPU has {free_gib:.0f} GiB of memory free; both engines need {_LEAST_GIB}"
+    else:
         return None
     return (
-        "no CUDA GPU here (torch.cuda.is_available() is false). On a machine with one of 80 GB or more: "
+        f"{why}. On a machine with one of 80 GB or more: "
         "pip install -r requirements/gpu.txt, then python -m benchmarks.gpu"
     )
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -96,7 +97,7 @@ def write_text(result: Result, folder: Path) -> list[Path]:
 
 
 def environment() -> dict[str, Any]:
-    """The machine and the versions that a figure depends on."""
+    """The machine, the code and the versions that a figure depends on."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -108,8 +109,25 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
+        **_code(),
         "versions": versions,
     }
+
+
+def _code() -> dict[str, Any]:
+    """The commit that this runs from, and whether files differ from it; nothing outside a checkout."""
+    git = ("git", "-C", str(Path(__file__).parent))
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        status = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"commit": commit.stdout.strip(), "changed": bool(status.stdout.strip())}
 
 
 def instrument_notes(rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:

@@ -39,7 +39,8 @@ class SeatThroughput(Document):
     held_s: Annotated[float, Field(ge=0)] = 0.0
     """Sequence-seconds that its requests were held between steps."""
     attainment_1s: Share | None = None
-    """Delivered over owed in the last second, at most 1; null where nothing was owed."""
+    """Delivered over owed in the worst second of the last 12, at most 1; null where nothing was owed for a
+    whole second."""
     attainment_10s: Share | None = None
     """In the last 10 s."""
     attainment_60s: Share | None

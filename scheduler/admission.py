@@ -232,7 +232,8 @@ class Admission:
             borrowed_tokens=seat.ledger.borrowed,
             behind_tokens=seat.ledger.behind,
             shortfall_tokens=seat.ledger.shortfall,
-            attainment={window: seat.ledger.attainment(window, now) for window in WINDOWS_S},
+            attainment={1: seat.ledger.lowest_second(now)}
+            | {window: seat.ledger.attainment(window, now) for window in WINDOWS_S if window > 1},
             virtual_time=seat.tag,
         )
 

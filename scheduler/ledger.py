@@ -16,14 +16,19 @@ import heapq
 from dataclasses import dataclass
 
 WINDOWS_S = (1, 10, 60)
+"""Of the first it is the lowest one of late that is told, of the others the last."""
 _SETTLE_S = 0.5
 """The windows end at the last whole second that is over for this long, so that its tokens are in."""
 _KEPT_S = max(WINDOWS_S) + 2
+_LOOKED_BACK_S = 12
+"""Seconds of which the lowest is told: who looks every 10 s misses none."""
+_WHOLE = 0.999
 
 
 @dataclass(slots=True)
 class _Second:
     index: int = -1
+    owing_s: float = 0.0
     owed: float = 0.0
     delivered: int = 0
 
@@ -127,6 +132,18 @@ class Ledger:
                 delivered += second.delivered
         return min(1.0, delivered / owed) if owed > 0 else None
 
+    def lowest_second(self, now: float) -> float | None:
+        """The lowest attainment of a whole second of late. Only seconds count throughout which something was
+        owed: in a part of one a token more or less decides. None if there is none."""
+        self.advance(now)
+        last = int(now - _SETTLE_S) - 1
+        shares = [
+            min(1.0, second.delivered / second.owed)
+            for second in self._seconds
+            if last - _LOOKED_BACK_S < second.index <= last and second.owing_s > _WHOLE
+        ]
+        return min(shares, default=None)
+
     def _owe_until(self, now: float) -> None:
         rate = self.rate
         if rate > 0:
@@ -134,7 +151,9 @@ class Ledger:
                 index = int(self._at)
                 until = min(now, index + 1.0)
                 owed = rate * (until - self._at)
-                self._second(index).owed += owed
+                second = self._second(index)
+                second.owing_s += until - self._at
+                second.owed += owed
                 self._period_owed += owed
                 self._due += owed
                 self.owed += owed
@@ -144,7 +163,7 @@ class Ledger:
     def _second(self, index: int) -> _Second:
         second = self._seconds[index % _KEPT_S]
         if second.index != index:
-            second.index, second.owed, second.delivered = index, 0.0, 0
+            second.index, second.owing_s, second.owed, second.delivered = index, 0.0, 0.0, 0
         return second
 
     def _close_period(self) -> None:

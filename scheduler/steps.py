@@ -50,7 +50,7 @@ class StepRules:
     review_s: float = 0.1
     easy_review_s: float = 0.3
     """Steps and time after which the batch is chosen anew, if nothing calls for it earlier; the longer time
-    while half as many again as there are would fit."""
+    while half as many again as there are would fit, by the lead that there is."""
     turn_steps: int = 32
     """Steps for which a sequence takes part, or is held, before it may change places with another; in tokens
     over weight, what a seat must lag behind another to get a place of it."""
@@ -191,7 +191,7 @@ class StepPolicy:
             self.borrowed_limit = UNLIMITED
 
     def preempted(self, stream_id: Hashable, recompute_tokens: int, now: float) -> None:
-        """The sequence lost its KV cache and waits, held no more; `recompute_tokens` are to be prefilled again."""
+        """The sequence lost its KV cache and waits, held no more; it prefills `recompute_tokens` again."""
         stream = self.streams[stream_id]
         self._set_held(stream, False, now)
         # The adapter knows: it may begin anew in the step that is being made, and be held in the next.
@@ -464,7 +464,7 @@ class StepPolicy:
             ramped = int(self.borrowed_limit * 2.0**doublings) + 1
             if ramped < useful:
                 useful = ramped
-                self._until_review = min(self._until_review, 4)
+                self._until_review = 1
         self.borrowed_limit = min(UNLIMITED, max(1, useful))
         self._limited_at = now
 
@@ -495,7 +495,7 @@ class StepPolicy:
         stretch_s = 0.0
         if self._least_lead_s >= (-rules.kept_lead_s if owed else 0.0):
             stretch_s = min(rules.most_stretch_s, (rules.stretch - 1.0) * self.allowed_s)
-        room_s = self.allowed_s + stretch_s - model.seconds(0, self._decodes.in_step, self._decodes.kv_tokens)
+        room_s = self.allowed_s + stretch_s - model.seconds(0, *self._decodes.coming())
         # What brings owed first tokens in time has precedence over the others' pace.
         least = self.allowed_s * sum(stream.seat.prefill_tok_s for stream in owed)
         if self._lone is not None:

@@ -67,7 +67,7 @@ class Decodes:
     """All sequences that decode, and how far they are. Only the step policy changes it.
 
     Whoever takes part in a step makes one token and grows by one, and from step to step few come or go. So
-    only those are looked at, and all sums follow by difference: what a step costs hardly grows with the batch.
+    only those are looked at, and sums follow by difference: what a step costs hardly grows with the batch.
 
     Invariants: `count` sequences decode, `kv_tokens` are those of the ones in the batch, and
     `resting_kv_tokens` those of the others; whoever decodes is in the batch, held or outside.
@@ -88,6 +88,11 @@ class Decodes:
     def in_step(self) -> int:
         """How many were in the last step, and were not held since."""
         return len(self._batch)
+
+    def coming(self) -> tuple[int, int]:
+        """How many the next step has if the engine passes none over, and their tokens in the KV cache."""
+        outside = self._outside.values()
+        return len(self._batch) + len(outside), self.kv_tokens + sum(stream.known for stream in outside)
 
     def begin(self, stream: Stream) -> None:
         """The sequence's prompt is computed."""
@@ -120,7 +125,7 @@ class Decodes:
         for stream in [each for key, each in self._outside.items() if key in scheduled]:
             self._join(stream)
         if len(self._batch) + len(begun) > len(scheduled):
-            # The engine passed some over, for want of tokens or KV cache.
+            # The engine passed some over: their last token is under way, or it lacks tokens or KV cache.
             for key in self._batch.keys() - scheduled.keys():
                 stream = self._outside[key] = self._batch[key]
                 self._rest(stream)

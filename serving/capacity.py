@@ -15,7 +15,7 @@ from contract.capacity import NodeCapacity, parse_capacity
 from contract.errors import ContractError
 from contract.step_time import StepTime
 from scheduler import Capacity
-from serving.step_table import StepTable
+from serving.step_table import TRUSTED_SAMPLES, StepTable
 
 log = logging.getLogger("boosts.serving")
 
@@ -94,22 +94,36 @@ def measured(table: StepTable, model_id: str, capacity: Capacity) -> NodeCapacit
     )
 
 
+def told(
+    table: StepTable, model_id: str, capacity: Capacity, known: NodeCapacity | None
+) -> NodeCapacity | None:
+    """What the node says of itself: what it has measured, and until that is enough what it knew when it
+    started. Without that a node that has no customers yet would never get any: it is sold by this."""
+    found = measured(table, model_id, capacity)
+    if found is None and known is not None:
+        return known.model_copy(update={"slots": capacity.slots, "kv_tokens": capacity.kv_tokens})
+    return found
+
+
 async def keep(file: CapacityFile, table: StepTable, model_id: str, capacity: Capacity) -> None:
-    """Save the fit now and then until canceled, and once more then."""
+    """Save the fit now and then until canceled, and once more then. Only one that began with a complete
+    measurement: without a file the next start makes one."""
     try:
         while True:
             await asyncio.sleep(SAVE_S)
             # It waits for the disk; the streams must not.
-            await asyncio.to_thread(_save, file, measured(table, model_id, capacity))
+            await asyncio.to_thread(_save, file, table, model_id, capacity)
     finally:
-        _save(file, measured(table, model_id, capacity))
+        _save(file, table, model_id, capacity)
 
 
-def _save(file: CapacityFile, capacity: NodeCapacity | None) -> None:
-    if capacity is None:
+def _save(file: CapacityFile, table: StepTable, model_id: str, capacity: Capacity) -> None:
+    found = measured(table, model_id, capacity)
+    _, samples = table.seed()
+    if found is None or samples < TRUSTED_SAMPLES:
         return
     try:
-        file.write(capacity)
+        file.write(found)
     except OSError as error:
         # The next start measures again.
         log.warning("cannot save what was measured: %s", error)

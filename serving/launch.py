@@ -31,7 +31,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from contract.capacity import NodeCapacity
 from contract.errors import ContractError
 from scheduler import Policy
-from serving.capacity import GUESS_SAMPLES, CapacityFile, first_guess, keep, measured
+from serving.capacity import GUESS_SAMPLES, CapacityFile, first_guess, keep, told
 from serving.engine import VLLM_VERSIONS, SeatLLM
 from serving.entitlements_file import EntitlementsFile
 from serving.metrics import NodeCollector
@@ -181,7 +181,7 @@ async def _run(
         REGISTRY.register(NodeCollector(node))
         stats = StatsServer(
             node,
-            measured=lambda: measured(table, options.model, node.admission.capacity),
+            measured=lambda: told(table, options.model, node.admission.capacity, known),
             engine_alive=lambda: not engine.errored,
             # Bound long ago, but uvicorn listens only when the application is built.
             listening=lambda: bool(listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)),

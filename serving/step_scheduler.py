@@ -53,6 +53,8 @@ class SeatScheduler(AsyncScheduler):
         self._most_tokens = self.max_num_scheduled_tokens
         self._until_refresh = 0
         self._preempted = 0
+        self._published = 0
+        """Samples of the fit that was published last."""
         self._own_s = 0.0
 
     # --- requests come and go ----------------------------------------------------------------------
@@ -115,10 +117,8 @@ class SeatScheduler(AsyncScheduler):
         if self._until_refresh <= 0:
             self._until_refresh = _REFRESH_STEPS
             self._refresh_seats()
-            self._publish_model()
-        if self.waiting:
-            for request in self.waiting:
-                policy.streams[request.request_id].ready = request.status in _READY
+        for request in self.waiting:
+            policy.streams[request.request_id].ready = request.status in _READY
         plan = policy.plan(now)
         for stream in plan.changed:
             self.requests[str(stream.stream_id)].next_decode_eligible_step = _NEVER if stream.held else 0
@@ -219,6 +219,18 @@ class SeatScheduler(AsyncScheduler):
             else:
                 self._step_policy.forget_seat(row)
 
+    def _publish(self) -> None:
+        policy = self._step_policy
+        self._table.write(
+            held=policy.held,
+            borrowed_limit=policy.borrowed_limit,
+            allowed_s=policy.allowed_s or 0.0,
+            preempted=self._preempted,
+        )
+        if policy.fit.samples != self._published:
+            self._published = policy.fit.samples
+            self._publish_model()
+
     def _publish_model(self) -> None:
         fit = self._step_policy.fit
         model = fit.model
@@ -231,15 +243,6 @@ class SeatScheduler(AsyncScheduler):
             kv_token_s=model.kv_token_s,
             experts_s=model.experts_s,
             active_share=model.active_share,
-        )
-
-    def _publish(self) -> None:
-        policy = self._step_policy
-        self._table.write(
-            held=policy.held,
-            borrowed_limit=policy.borrowed_limit,
-            allowed_s=policy.allowed_s or 0.0,
-            preempted=self._preempted,
         )
 
 

@@ -91,6 +91,9 @@ class Config:
     visit_connections: int = 128
     visit_output: Lengths = _BRIEF
 
+    suites_warm_s: float = 10.0
+    suites_s: float = 50.0
+
     step_streams: int = 256
     step_guarantee_tok_s: float = 5.0
     """The guarantee with which no pace is in danger beside that many: each gets about 17 tok/s."""
@@ -117,5 +120,7 @@ class Config:
             flood_s=6.0,
             visits=4,
             visit_groups=1,
+            suites_warm_s=3.0,
+            suites_s=8.0,
             step_s=5.0,
         )

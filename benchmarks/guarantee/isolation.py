@@ -109,7 +109,7 @@ def _phase(
             record.status == 503 for record in phase.records if record.client == FLOODER.name
         ),
         "step_s": (time.monotonic() - began_s) / steps if steps else None,
-        "ttft_s": [waited_s for record in requests if (waited_s := _waited_s(record)) is not None],
+        "ttft_s": [waited_s for record in requests if (waited_s := waited_s(record)) is not None],
         "failed": sum(not record.ok for record in requests),
     }
 
@@ -128,7 +128,7 @@ def _flood(bench: Bench, server: Server, interval_s: float, seed: str) -> Paced:
     )
 
 
-def _waited_s(record: RequestRecord) -> float | None:
+def waited_s(record: RequestRecord) -> float | None:
     """To the first token. One that was given up has waited at least so long; a refused one has no time."""
     if record.ttft_s is not None:
         return record.ttft_s

@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.guarantee import isolation, pace, returning, shares, step_time, totals
+from benchmarks.guarantee import isolation, pace, returning, shares, step_time, suites, totals
 from benchmarks.guarantee.bench import Bench, Part, Row, Rows
 from benchmarks.guarantee.config import Config
 from benchmarks.report import Check, Result, instrument_notes
@@ -27,6 +27,7 @@ ROWS: dict[str, Row] = {
         shares.SHARES_ROW,
         shares.FLOOD_ROW,
         returning.ROW,
+        suites.ROW,
         step_time.ROW,
     )
 }

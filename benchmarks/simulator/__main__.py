@@ -69,7 +69,8 @@ def _soak(arguments: argparse.Namespace, folder: Path) -> int:
     path.write_text(json.dumps({**found.summary(), "environment": report.environment()}, indent=1))
     print(f"{found.simulations} simulations from seed {found.first} in {found.seconds:.0f} s")
     print(
-        f"held in {found.held}, preempted in {found.preempted}; a promise was broken in {found.broken_seeds}"
+        f"held in {found.held}, preempted in {found.preempted}; a pace judged in {found.pace_judged}, with "
+        f"something held in {found.pace_held}; a promise was broken in {found.broken_seeds}"
     )
     for line in found.broken:
         print(line)

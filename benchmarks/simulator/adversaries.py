@@ -18,12 +18,18 @@ from scheduler import Capacity, Policy, SeatTerms
 
 SPAN_S = 3.0
 """How long the clients stay."""
+TIGHT_EVERY, TIGHT_SPAN_S = 10, 4.0
+"""One seed in so many draws a node whose guarantees can just be kept, if borrowed work gives way."""
+FREE_SHARE = 0.1
+"""Of the machine, which a set of guarantees has to leave free."""
 MACHINES = (QWEN3_8B_H100, LLAMA_70B_8_H100, QWEN35_397B_8_H200, CROWDED, CROWDED)
 
 
 def random_scenario(seed: int) -> Scenario:
     """Two to five seats, each with one or two clients of random habits, on a small node."""
     rng = random.Random(f"scenario/{seed}")
+    if seed % TIGHT_EVERY == TIGHT_EVERY - 1:
+        return _tight_scenario(rng)
     slots = rng.choice((2, 4, 8, 12, 20, 40))
     kv_tokens = rng.choice((700, 2_000, 100_000))
     guarantee = rng.choice((0.0, 20.0, 50.0, 100.0))
@@ -43,6 +49,47 @@ def random_scenario(seed: int) -> Scenario:
         seed_step_time=_guess(machine, rng),
         step_tokens=rng.choice((64, 512, 2_048)),
         changes=_changes(slots, kv_tokens, rng),
+    )
+
+
+def _tight_scenario(rng: random.Random) -> Scenario:
+    """Seats that are sold nearly all that the machine can do, and floods that take the rest and more."""
+    machine = rng.choice((CROWDED, CROWDED, LLAMA_70B_8_H100))
+    slots = rng.choice((20, 40))
+    quantities = [rng.choice((1, 1, 2)) for _ in range(rng.randint(2, 4))]
+    longest = Shape(input_tokens=(16, 64), output_tokens=(100, 300), max_tokens=300)
+    prefill_tok_s = 200.0
+    # As many tokens a second as the machine can give each of them, prompts included.
+    sold = sum(quantities)
+    step_s = machine.seconds(0, sold, sold * (longest.input_tokens[1] + longest.max_tokens))
+    left = 1 - FREE_SHARE - machine.prefill_token_s * sold * prefill_tok_s
+    guarantee = rng.uniform(0.8, 0.99) * left / step_s
+    seats, clients = [], []
+    for number, quantity in enumerate(quantities):
+        name = f"seat{number}"
+        terms = SeatTerms(name, quantity, guarantee, prefill_tok_s, rpm_limit=10**6, tpm_limit=10**9)
+        seats.append(SeatPlan(terms))
+        arrivals = rng.choice(
+            (ClosedLoop(quantity), ClosedLoop(1, think_s=0.1), OnOff(2.0, on_s=1.0, off_s=0.5))
+        )
+        clients.append(Client(name, arrivals, longest, rng.choice((0.0, 0.5)), TIGHT_SPAN_S))
+    for _ in range(rng.randint(1, 2)):
+        shape = Shape(
+            input_tokens=rng.choice(((16, 64), (200, 500))),
+            output_tokens=rng.choice(((4, 24), (100, 300))),
+            max_tokens=300,
+            cancel_share=rng.choice((0.0, 0.3)),
+        )
+        flood = rng.choice((ClosedLoop(2 * slots), OnOff(60.0, on_s=0.5, off_s=0.5)))
+        clients.append(Client("flooder", flood, shape, rng.choice((0.0, 1.0)), TIGHT_SPAN_S))
+    seats.append(SeatPlan(SeatTerms("flooder", 1, 0.0, 5_000.0, rpm_limit=10**6, tpm_limit=10**9)))
+    return Scenario(
+        seats=tuple(seats),
+        clients=tuple(clients),
+        capacity=Capacity(slots, 100_000),
+        step_time=machine,
+        seed_step_time=_guess(machine, rng),
+        step_tokens=rng.choice((512, 2_048)),
     )
 
 

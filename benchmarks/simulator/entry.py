@@ -7,6 +7,7 @@ scheduler that production runs, unchanged.
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -141,8 +142,7 @@ class Vtc:
     def finished(self, request: Request, now: float) -> None:
         """All has been charged by now."""
 
-    @staticmethod
-    def entry_cost(request: Request) -> float:
+    def entry_cost(self, request: Request) -> float:
         return float(request.input_tokens)
 
     def _charge(self, client: str, cost: float) -> None:
@@ -161,12 +161,37 @@ class VtcOracle(Vtc):
 
     name = "VTC oracle"
 
-    @staticmethod
-    def entry_cost(request: Request) -> float:
+    def entry_cost(self, request: Request) -> float:
         return request.cost
 
     def produced(self, tokens: Iterable[tuple[Request, int]], now: float) -> None:
         """All was charged at entry."""
+
+
+class VtcPredicted(Vtc):
+    """VTC that is told each output's length within 50 %, charges that at entry, and the rest as it comes or
+    back at the end."""
+
+    name = "VTC predicted"
+
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        super().__init__(weights)
+        self._rng = random.Random(0)
+        self._foreseen: dict[int, float] = {}
+        """Output tokens charged and not made yet, by request in the engine."""
+
+    def entry_cost(self, request: Request) -> float:
+        foreseen = self._foreseen[request.number] = request.output_tokens * self._rng.uniform(0.5, 1.5)
+        return request.input_tokens + 2.0 * foreseen
+
+    def produced(self, tokens: Iterable[tuple[Request, int]], now: float) -> None:
+        for request, made in tokens:
+            foreseen = self._foreseen[request.number]
+            self._foreseen[request.number] = max(0.0, foreseen - made)
+            self._charge(request.client, 2.0 * max(0.0, made - foreseen))
+
+    def finished(self, request: Request, now: float) -> None:
+        self._charge(request.client, -2.0 * self._foreseen.pop(request.number))
 
 
 class Ours:
@@ -224,6 +249,7 @@ def published(weights: Mapping[str, float]) -> dict[str, Callable[[], EntryPolic
         "FCFS": Fcfs,
         "LCF": partial(Lcf, weights),
         "VTC": partial(Vtc, weights),
+        "VTC predicted": partial(VtcPredicted, weights),
         "VTC oracle": partial(VtcOracle, weights),
     }
     return makers | {f"RPM {limit}": partial(Rpm, limit) for limit in RPM_LIMITS}

@@ -11,7 +11,7 @@ from benchmarks.report import Check, Result, Table
 from benchmarks.simulator import decision, paper
 from benchmarks.simulator.continuous import ContinuousEngine
 from benchmarks.simulator.engine import Rules
-from benchmarks.simulator.entry import EntryPolicy, Fcfs, Ours, Vtc, VtcOracle
+from benchmarks.simulator.entry import EntryPolicy, Fcfs, Ours, Vtc, VtcOracle, VtcPredicted
 from benchmarks.simulator.experiment import Played, play
 from benchmarks.simulator.machines import LLAMA2_7B_A10G
 from benchmarks.simulator.reservation import ReservationEngine
@@ -70,7 +70,10 @@ def simulate(
     picture: dict[str, list[tuple[float, float]]] = {}
     for workload, law, seed in _plan(options):
         say(f"{workload.name}, {law} lengths, seed {seed}")
-        for policy in (Fcfs(), Vtc(workload.weights), VtcOracle(workload.weights), ours(workload)):
+        policies: list[EntryPolicy] = [Fcfs(), Vtc(workload.weights), ours(workload)]
+        if workload.name == "overload":
+            policies += [VtcPredicted(workload.weights), VtcOracle(workload.weights)]
+        for policy in policies:
             run, played = _run(workload, law, seed, "vllm", policy)
             runs.append(run)
             if workload.name == "overload" and law == "uniform" and seed == 1:
@@ -169,7 +172,7 @@ def _arena_table(runs: list[Run]) -> Table:
 def _overload_table(runs: list[Run]) -> Table:
     rows = []
     for law in LENGTHS:
-        for policy in ("FCFS", "VTC", "VTC oracle", "ours"):
+        for policy in ("FCFS", "VTC", "VTC predicted", "VTC oracle", "ours"):
             found = _overload(runs, law, policy)
             gap = sorted(run.shares.max_gap for run in found)
             tok_s = median(run.shares.tok_s for run in found)

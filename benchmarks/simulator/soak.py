@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
 from benchmarks.simulator import trace
 from benchmarks.simulator.adversaries import random_scenario
-from benchmarks.simulator.oracles import MOST_REPORTED, Promised, violations
+from benchmarks.simulator.oracles import MOST_REPORTED, Pace, Promised, all_oracles, violations
 from benchmarks.simulator.simulation import Scenario, Simulation
 
 SAY_EVERY = 1_000
@@ -34,6 +35,10 @@ class Soak:
     """Simulations in which something was held."""
     preempted: int = 0
     """Simulations in which something was preempted."""
+    pace_judged: int = 0
+    """Simulations in which a seat had a guarantee that could be kept, so that its pace was judged."""
+    pace_held: int = 0
+    """Of these, simulations in which something was held."""
     seconds: float = 0.0
 
     def add(self, other: Soak) -> None:
@@ -44,27 +49,41 @@ class Soak:
         self.steps += other.steps
         self.held += other.held
         self.preempted += other.preempted
+        self.pace_judged += other.pace_judged
+        self.pace_held += other.pace_held
 
     def summary(self) -> dict[str, object]:
         return asdict(self)
 
 
-def judged(scenario: Scenario, events: Sequence[trace.Event]) -> list[str]:
-    """The promises that a trace of the scenario breaks."""
+class Judgement(NamedTuple):
+    """What the oracles say of a trace."""
+
+    broken: list[str]
+    """The promises that it breaks."""
+    pace_judged: bool
+    """Whether a seat had a guarantee that could be kept."""
+
+
+def judged(scenario: Scenario, events: Sequence[trace.Event]) -> Judgement:
+    """What the oracles say of a trace of the scenario."""
     policy = scenario.policy
     promised = Promised(
         queue_timeout_s=policy.queue_timeout_s,
         max_queued_per_seat=policy.max_queued_per_seat,
         initial_output_tokens=policy.initial_output_tokens,
     )
-    return violations(events, promised)
+    oracles = all_oracles()
+    broken = violations(events, promised, oracles)
+    return Judgement(broken, any(isinstance(each, Pace) and each.judged for each in oracles))
 
 
-def broken_by(seed: int) -> tuple[list[str], list[trace.Event]]:
-    """The promises broken in the scenario of a seed, and its trace."""
+def played(seed: int) -> tuple[Judgement, list[trace.Event]]:
+    """The scenario of a seed: what the oracles say of it, and its trace."""
     scenario = random_scenario(seed)
     events = Simulation(scenario, seed).run()
-    return [f"{line} (seed {seed})" for line in judged(scenario, events)], events
+    found = judged(scenario, events)
+    return found._replace(broken=[f"{line} (seed {seed})" for line in found.broken]), events
 
 
 def soak(first: int, count: int, say: Callable[[str], None], jobs: int) -> Soak:
@@ -96,9 +115,9 @@ def _play(seeds: range) -> Soak:
     found = Soak(seeds.start)
     for seed in seeds:
         try:
-            broken, events = broken_by(seed)
+            (broken, pace_judged), events = played(seed)
         except Exception as error:
-            broken, events = [f"crash: {error!r} (seed {seed})"], []
+            broken, pace_judged, events = [f"crash: {error!r} (seed {seed})"], False, []
         composed = [event for event in events if isinstance(event, trace.Composed)]
         held = any(event.held for event in composed)
         preempted = any(event.preempted for event in composed)
@@ -112,6 +131,8 @@ def _play(seeds: range) -> Soak:
                 steps=len(composed),
                 held=held,
                 preempted=preempted,
+                pace_judged=pace_judged,
+                pace_held=pace_judged and held,
             )
         )
     return found

@@ -46,9 +46,9 @@ class Throughput(Shown):
     held_s: float
     """Seconds for which requests were held between steps, each by itself."""
     attainment_1s: Window = Field(alias="attainment1s")
-    """The lowest of windows of 1 s, as sampled about every 10 s; null where nothing was owed."""
+    """The worst second; null where nothing was owed for a whole one."""
     attainment_10s: Window = Field(alias="attainment10s")
-    """The same, of windows of 10 s."""
+    """The lowest of windows of 10 s, as sampled about every 10 s; null where nothing was owed."""
     attainment_60s: Window = Field(alias="attainment60s")
     """The same, of windows of 60 s."""
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from benchmarks.simulator import Client, ClosedLoop, OnOff, Scenario, SeatPlan, Shape, Simulation
 from benchmarks.simulator.machines import CROWDED
 from benchmarks.simulator.oracles import service
-from benchmarks.simulator.soak import broken_by, judged
+from benchmarks.simulator.soak import judged, played
 from scheduler import Capacity, SeatTerms
 
 HUGE = 1_000_000_000
@@ -25,11 +25,11 @@ def loop(name: str, connections: int, shape: Shape | None = None) -> Client:
 
 
 def broken_in(scenario: Scenario, seed: int) -> list[str]:
-    return judged(scenario, Simulation(scenario, seed).run())
+    return judged(scenario, Simulation(scenario, seed).run()).broken
 
 
 def broken_by_random_adversary(seed: int) -> list[str]:
-    return broken_by(seed)[0]
+    return played(seed)[0].broken
 
 
 def share_ratio(seats: tuple[SeatPlan, SeatPlan], clients: tuple[Client, Client], slots: int) -> float:

@@ -435,13 +435,13 @@ MUTATIONS = [
     Mutation(ledger_owes_for_all_requests, ("ledger",)),
     Mutation(all_prompts_are_due_at_once, ("ledger",)),
     Mutation(ledger_misses_deliveries, ("ledger",)),
-    Mutation(nothing_is_held, ("pace",), aimed=True),
+    Mutation(nothing_is_held, ("pace",)),
     Mutation(holds_outlast_their_reason, ("needless hold", "work conservation")),
     Mutation(held_ones_never_rotate, ("starvation",), aimed=True),
     Mutation(owed_streams_are_held_too, ("victims", "pace")),
     Mutation(owed_streams_are_preempted_first, ("victims",)),
     Mutation(borrowed_work_is_kept_out, ("work conservation",)),
-    Mutation(prompts_of_any_length_in_a_step, ("stall", "pace"), aimed=True),
+    Mutation(prompts_of_any_length_in_a_step, ("stall", "pace")),
 ]
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.simulator.continuous import ContinuousEngine
 from benchmarks.simulator.engine import Rules
-from benchmarks.simulator.entry import EntryPolicy, Fcfs, Lcf, Ours, Rpm, Vtc, published
+from benchmarks.simulator.entry import EntryPolicy, Fcfs, Lcf, Ours, Rpm, Vtc, VtcPredicted, published
 from benchmarks.simulator.experiment import Played, play
 from benchmarks.simulator.machines import CROWDED, LLAMA2_7B_A10G
 from benchmarks.simulator.reservation import ReservationEngine
@@ -112,6 +112,23 @@ def test_vtc_lifts_a_returning_client_and_lcf_does_not() -> None:
         policy.submit(Request(11, "b", 1.0, 1, 1), 1.0)
         [entering] = policy.enter(_one(), 1.0)
         assert entering.client == expected
+
+
+def test_a_wrong_prediction_is_made_good_by_the_end() -> None:
+    predicted, counted = VtcPredicted({}), Vtc({})
+    sizes = [("a", 10, 100)] * 3 + [("b", 10, 100)] * 3
+    for policy in (predicted, counted):
+        order(policy, *sizes)
+    assert predicted._counters == pytest.approx(counted._counters)
+    assert not predicted._foreseen
+
+
+def test_a_prediction_is_charged_at_entry() -> None:
+    policy = VtcPredicted({})
+    policy.submit(Request(0, "a", 0.0, 10, 100), 0.0)
+    policy.enter(_one(), 0.0)
+    assert 110 <= policy._counters["a"] <= 310
+    assert policy._counters["a"] != 210
 
 
 def test_rpm_refuses_from_the_limit_on_until_a_minute_has_passed() -> None:

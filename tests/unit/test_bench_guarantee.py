@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import gpu, guarantee, main
 from benchmarks.estimates import percentile_gap, share_estimate
-from benchmarks.guarantee import isolation, pace, returning, shares, step_time, totals
+from benchmarks.guarantee import isolation, pace, returning, shares, step_time, suites, totals
 from benchmarks.guarantee.bench import LedgerReading, NothingServedError, Rows, some
 from benchmarks.guarantee.config import Config
 from benchmarks.guarantee.counters import Histogram, counter
@@ -389,6 +389,34 @@ def _all_rows() -> Rows:
     ]
 
 
+# --- suites -------------------------------------------------------------------------------------------
+
+
+def _suite_row(system: str, per_s: tuple[float, float]) -> dict[str, Any]:
+    return {
+        **_CLEAN,
+        "row": "suites",
+        "system": system,
+        "suite": "overload",
+        "requests_s": [12.0, 24.0],
+        "service": [{"at_s": 10.0 + s, "client0": per_s[0] * s, "client1": per_s[1] * s} for s in range(51)],
+        "ttft_s": {"client0": [1.0], "client1": [2.0]},
+        "refused": 0,
+    }
+
+
+@pytest.mark.parametrize(("ours", "met"), [((5_000.0, 5_100.0), True), ((5_000.0, 5_200.0), False)])
+def test_an_overload_is_shared_within_a_twentieth_of_vtcs_bound(ours: tuple[float, float], met: bool) -> None:
+    rows = [_suite_row(SEATS, ours), _suite_row(PLAIN, (3_000.0, 7_000.0))]
+    part = suites.summarize(_CONFIG, rows)
+    # 2U with 72 slots of 512 tokens is 147,456.
+    assert part.figures["overload_gap_of_2u"] == {
+        SEATS: pytest.approx((ours[1] - ours[0]) * 50 / 147_456),
+        PLAIN: pytest.approx(200_000 / 147_456),
+    }
+    assert part.checks[0].met is met
+
+
 def test_a_report_has_every_measured_row_and_no_other(tmp_path: Path) -> None:
     result = guarantee.summarize(_CONFIG, _all_rows())
     assert set(result.figures) == {"pace", "total", "isolation", "shares"}
@@ -413,10 +441,10 @@ def test_a_busy_machine_is_named() -> None:
     assert f"1 of {len(rows)} phases, at most 1.20" in note
 
 
-def test_the_whole_run_stays_under_fifty_minutes_and_a_quick_one_under_six() -> None:
+def test_the_whole_run_stays_under_an_hour_and_a_quick_one_under_seven_minutes() -> None:
     config = Config("model", Path())
-    assert expected_s(config) < 50 * 60
-    assert expected_s(config.quick()) < 6 * 60
+    assert expected_s(config) < 60 * 60
+    assert expected_s(config.quick()) < 7 * 60
     assert expected_s(replace(config, only=("flood",))) < expected_s(config) / 5
 
 

@@ -13,8 +13,16 @@ from contract.capacity import NodeCapacity
 from contract.step_time import StepTime
 from scheduler import Capacity
 from serving import capacity as module
-from serving.capacity import ENOUGH_SAMPLES, CapacityFile, first_guess, keep, measured
-from serving.step_table import StepTable
+from serving.capacity import (
+    ENOUGH_SAMPLES,
+    GUESS_SAMPLES,
+    CapacityFile,
+    first_guess,
+    keep,
+    measured,
+    told,
+)
+from serving.step_table import TRUSTED_SAMPLES, StepTable
 
 CAPACITY = Capacity(slots=64, kv_tokens=100_000)
 KNOWN = NodeCapacity(
@@ -42,6 +50,7 @@ def table() -> StepTable:
     """Of an engine that has measured enough."""
     table, path = StepTable.create(StepTime(1e-3, 1e-6, 1e-6, 1e-9), 1.0)
     path.unlink()
+    table.trust(TRUSTED_SAMPLES)
     table.write(model_samples=1_000, model_error=0.05, base_s=4e-3, prefill_token_s=5e-5, decode_s=6e-5)
     return table
 
@@ -122,6 +131,31 @@ def test_what_is_measured_is_the_engines_fit(table: StepTable) -> None:
     assert found is not None
     assert found.step_time == StepTime(4e-3, 5e-5, 6e-5, 0.0)
     assert (found.slots, found.kv_tokens, found.error) == (64, 100_000, 0.05)
+
+
+def test_until_it_has_measured_a_node_tells_what_it_knew_with_the_size_that_it_has_now(
+    table: StepTable,
+) -> None:
+    table.write(model_samples=ENOUGH_SAMPLES - 1)
+    assert told(table, "m", CAPACITY, None) is None
+    smaller = Capacity(slots=8, kv_tokens=9_000)
+    assert told(table, "m", smaller, KNOWN) == KNOWN.model_copy(update={"slots": 8, "kv_tokens": 9_000})
+    table.write(model_samples=ENOUGH_SAMPLES)
+    found = told(table, "m", smaller, KNOWN)
+    assert found is not None
+    assert found.base_s == 4e-3
+
+
+async def test_a_fit_without_a_complete_measurement_is_not_kept(file: CapacityFile) -> None:
+    table, path = StepTable.create(StepTime(1e-3, 1e-6, 1e-6, 1e-9), GUESS_SAMPLES)
+    path.unlink()
+    table.write(model_samples=1_000, base_s=4e-3)
+    task = asyncio.create_task(keep(file, table, "m", CAPACITY))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert file.read() is None
 
 
 def test_the_first_guess_knows_of_experts_only_in_a_mixture() -> None:

@@ -75,6 +75,18 @@ class Slow:
         assert self.decodes.kv_tokens + self.decodes.resting_kv_tokens == sum(self.computed.values())
 
 
+def test_a_held_or_unknown_sequence_in_a_step_is_an_error() -> None:
+    slow = Slow(1)
+    for _ in range(2):
+        slow.come()
+    held, free = slow.streams
+    slow.decodes.hold(slow.streams[held])
+    slow.decodes.advance({free: 1}, {})
+    for wrong in ({held: 1, free: 1}, {free: 1, "unknown": 1}):
+        with pytest.raises(AssertionError, match="held or unknown"):
+            slow.decodes.advance(wrong, {})
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_counts_by_difference_are_those_of_each_step(seed: int) -> None:
     slow = Slow(seed)

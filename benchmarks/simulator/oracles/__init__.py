@@ -23,7 +23,7 @@ from benchmarks.simulator.oracles.refusals import HonestRefusals, QueueTimeout
 from benchmarks.simulator.oracles.steps import BorrowedGivesWay, NeedlessHolds, NoStalls, NoStarvation
 from benchmarks.simulator.oracles.view import Promised, View
 
-__all__ = ["Oracle", "Promised", "View", "all_oracles", "service", "violations"]
+__all__ = ["Oracle", "Pace", "Promised", "View", "all_oracles", "service", "violations"]
 
 MOST_REPORTED = 20
 
@@ -48,10 +48,15 @@ def all_oracles() -> list[Oracle]:
     ]
 
 
-def violations(events: Sequence[trace.Event], promised: Promised | None = None) -> list[str]:
-    """The promises that a trace breaks, one line each, in order; at most the first few."""
+def violations(
+    events: Sequence[trace.Event],
+    promised: Promised | None = None,
+    oracles: Sequence[Oracle] | None = None,
+) -> list[str]:
+    """The promises that a trace breaks, one line each, in order; at most the first few. New `oracles` may be
+    given, for what they know afterwards."""
     view = View(promised or Promised())
-    oracles = all_oracles()
+    oracles = oracles or all_oracles()
     before = {kind: [o for o in oracles if kind in o.foresees] for kind in get_args(trace.Event)}
     after = {kind: [o for o in oracles if kind in o.sees] for kind in get_args(trace.Event)}
     broken: list[str] = []

@@ -10,9 +10,10 @@ from benchmarks.simulator.oracles.oracle import Oracle
 from benchmarks.simulator.oracles.view import EASY, View
 
 NEEDLESS_S = 0.5
-"""Borrowed work may be kept out for this long after the reason for it has gone."""
-LINGER_S = 0.5
-"""The same once all work that was owed a pace has left."""
+"""Borrowed work may be kept out for this long after the reason for it has gone, also once all work that was
+owed a pace has left,"""
+DOUBLING_S = 0.15
+"""or for as long as it takes to fill the slots from one, when what may enter doubles in this time."""
 
 
 class EntryGuarantee(Oracle):
@@ -73,8 +74,9 @@ class WorkConservation(Oracle):
             self._since = None
             return
         self._since = event.at if self._since is None else self._since
-        limited = event.at - self._owed_at < LINGER_S and view.in_flight > 0
-        if not limited or event.at - self._since > NEEDLESS_S:
+        opening_s = max(NEEDLESS_S, DOUBLING_S * math.log2(view.slots))
+        limited = event.at - self._owed_at < opening_s and view.in_flight > 0
+        if not limited or event.at - self._since > opening_s:
             yield f"{len(heads)} seats wait while {view.slots - view.in_flight} slots are free"
 
     @staticmethod
