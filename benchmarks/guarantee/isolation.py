@@ -37,6 +37,13 @@ ITERATIONS = "vllm:iteration_tokens_total_count"
 """vLLM's own count of engine steps."""
 
 
+def waited_s(record: RequestRecord) -> float | None:
+    """To the first token. One that was given up has waited at least so long; a refused one has no time."""
+    if record.ttft_s is not None:
+        return record.ttft_s
+    return record.finished_s - record.sent_s if record.cut and record.finished_s is not None else None
+
+
 def seconds(config: Config) -> float:
     measured_s = config.solo_s + 2 * config.beside_s
     capacity_s = config.warm_s + config.calibration_s
@@ -109,7 +116,7 @@ def _phase(
             record.status == 503 for record in phase.records if record.client == FLOODER.name
         ),
         "step_s": (time.monotonic() - began_s) / steps if steps else None,
-        "ttft_s": [waited_s for record in requests if (waited_s := waited_s(record)) is not None],
+        "ttft_s": [s for record in requests if (s := waited_s(record)) is not None],
         "failed": sum(not record.ok for record in requests),
     }
 
@@ -126,13 +133,6 @@ def _flood(bench: Bench, server: Server, interval_s: float, seed: str) -> Paced:
         max_requests=100_000,
         awaited=False,
     )
-
-
-def waited_s(record: RequestRecord) -> float | None:
-    """To the first token. One that was given up has waited at least so long; a refused one has no time."""
-    if record.ttft_s is not None:
-        return record.ttft_s
-    return record.finished_s - record.sent_s if record.cut and record.finished_s is not None else None
 
 
 def summarize(config: dict[str, Any], rows: Rows) -> Part:
