@@ -51,6 +51,7 @@ def main(argv: list[str]) -> int:
     home = Path(os.environ.get("BOOSTS_HOME", "var"))
     folder = arguments.out or home / "bench" / f"{arguments.scenario}-{stamp}"
     folder.mkdir(parents=True, exist_ok=True)
+    report.code()
     # A terminated benchmark stops its servers as an interrupted one does.
     previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

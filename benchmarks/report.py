@@ -9,6 +9,7 @@ import platform
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,13 +110,15 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        **_code(),
+        **code(),
         "versions": versions,
     }
 
 
-def _code() -> dict[str, Any]:
-    """The commit that this runs from, and whether files differ from it; nothing outside a checkout."""
+@cache
+def code() -> dict[str, Any]:
+    """The commit that this runs from, and whether files differ from it; nothing outside a checkout. As it was
+    at the first call: before a long run."""
     git = ("git", "-C", str(Path(__file__).parent))
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)

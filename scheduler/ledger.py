@@ -21,7 +21,7 @@ _SETTLE_S = 0.5
 """The windows end at the last whole second that is over for this long, so that its tokens are in."""
 _KEPT_S = max(WINDOWS_S) + 2
 _LOOKED_BACK_S = 12
-"""Seconds of which the lowest is told: who looks every 10 s misses none."""
+"""Seconds of which the lowest is told: who looks every 10 s, as reports do, misses none."""
 _WHOLE = 0.999
 
 
@@ -136,7 +136,8 @@ class Ledger:
         """The lowest attainment of a whole second of late. Only seconds count throughout which something was
         owed: in a part of one a token more or less decides. None if there is none."""
         self.advance(now)
-        last = int(now - _SETTLE_S) - 1
+        # It stays the lowest once told, so later than the windows: its tokens must be in.
+        last = int(now - 2 * _SETTLE_S) - 1
         shares = [
             min(1.0, second.delivered / second.owed)
             for second in self._seconds

@@ -34,6 +34,8 @@ from scheduler.step_time import StepTimeFit
 from scheduler.streams import Decodes, StepSeat, Stream
 
 UNLIMITED = 2**31
+_MORE_THAN_ANY = 4_096
+"""Sequences: no engine has that many slots, so entry need not open further bit by bit."""
 _PREFILL_GAIN = 1 / 64
 _HORIZON_TOKENS = 4.0
 
@@ -135,7 +137,8 @@ class StepPolicy:
         self._refill = False
         self._changed: dict[Stream, bool] = {}
         """With what the adapter last knew of their `held`."""
-        self._limited_at = 0.0
+        self._opening_from, self._opening_since = UNLIMITED, 0.0
+        """The last `borrowed_limit` that was all there was use for, and when: from there entry opens."""
         self._review_at = float("-inf")
         self._made_way = False
         """Prompts were kept back in the last step for an owed one that waited."""
@@ -460,13 +463,14 @@ class StepPolicy:
     def _limit_borrowed(self, useful: int, now: float) -> None:
         """Let in no more than are of use; more at once only bit by bit."""
         if self.borrowed_limit < UNLIMITED:
-            doublings = min(20.0, (now - self._limited_at) / self.rules.ramp_s)
-            ramped = int(self.borrowed_limit * 2.0**doublings) + 1
-            if ramped < useful:
-                useful = ramped
+            doublings = min(20.0, (now - self._opening_since) / self.rules.ramp_s)
+            ramped = int(self._opening_from * 2.0**doublings) + 1
+            if ramped < min(useful, _MORE_THAN_ANY):
+                self.borrowed_limit = ramped
                 self._until_review = 1
+                return
         self.borrowed_limit = min(UNLIMITED, max(1, useful))
-        self._limited_at = now
+        self._opening_from, self._opening_since = self.borrowed_limit, now
 
     # --- prompts -----------------------------------------------------------------------------------
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import json
 import logging
 import os
 from pathlib import Path
 
 from contract.capacity import NodeCapacity, parse_capacity
-from contract.errors import ContractError
 from contract.step_time import StepTime
 from scheduler import Capacity
 from serving.step_table import TRUSTED_SAMPLES, StepTable
@@ -30,30 +30,35 @@ _GUESSED_EXPERTS_S = 5e-3
 
 
 class CapacityFile:
-    """The last run's fit of this model, on disk."""
+    """The last run's fit of this engine, on disk. `setup` stands for all that the fit depends on: another
+    device, model or engine flag makes it another."""
 
-    def __init__(self, path: Path, model_id: str) -> None:
+    def __init__(self, path: Path, setup: str) -> None:
         self._path = path
-        self._model_id = model_id
+        self._setup = setup
 
     def read(self) -> NodeCapacity | None:
-        """None if there is none, or if it is another model's or says that steps take no time; a broken one is
-        told of and passed over."""
+        """None if there is none, or if it is another set-up's or says that steps take no time; a broken one
+        is told of and passed over."""
         try:
-            capacity = parse_capacity(self._path.read_bytes())
+            kept = json.loads(self._path.read_bytes())
+            setup = kept.pop("setup", "") if isinstance(kept, dict) else ""
+            capacity = parse_capacity(json.dumps(kept))
         except FileNotFoundError:
             return None
-        except (ContractError, OSError) as error:
+        except (ValueError, RecursionError, OSError) as error:
             log.warning("%s is of no use and will be written anew: %s", self._path, error)
             return None
-        takes_time = capacity.step_time.seconds(1, 1, 1) > 0
-        return capacity if capacity.model_id == self._model_id and takes_time else None
+        if setup != self._setup:
+            log.info("%s was measured with another device, model or engine flags", self._path)
+            return None
+        return capacity if capacity.step_time.seconds(1, 1, 1) > 0 else None
 
     def write(self, capacity: NodeCapacity) -> None:
         """Replace it whole. Raises OSError."""
         beside = self._path.with_name(f".{self._path.name}.new")
         with beside.open("w") as file:
-            file.write(capacity.model_dump_json(indent=1))
+            json.dump({**capacity.model_dump(mode="json"), "setup": self._setup}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(self._path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import hashlib
 import logging
 import os
 import signal
@@ -25,6 +26,7 @@ from vllm.entrypoints.launchers.api_server.entry import build_and_serve
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.launchers.launcher import setup_server
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -150,7 +152,7 @@ async def _run(
     # Until uvicorn takes the signals over, SIGTERM must interrupt the loading of the model.
     signal.signal(signal.SIGTERM, _interrupt)
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
-    file_of_capacity = CapacityFile(options.capacity_file, options.model)
+    file_of_capacity = CapacityFile(options.capacity_file, _setup_of(config))
     known = file_of_capacity.read()
     table, table_path = _step_table(config, known)
     try:
@@ -178,6 +180,11 @@ async def _run(
             log.info("measuring how fast this machine is")
             if await engine.measure():
                 table.trust(TRUSTED_SAMPLES)
+            else:
+                log.warning(
+                    "too slow to be measured in reasonable time: the fit learns from what it serves; until "
+                    "then `boosts node --capacity FILE` can tell the control plane what the node can do"
+                )
         REGISTRY.register(NodeCollector(node))
         stats = StatsServer(
             node,
@@ -206,6 +213,24 @@ async def _run(
         engine.shutdown(timeout=config.shutdown_timeout)
     await shutdown
     listener.close()
+
+
+def _setup_of(config: VllmConfig) -> str:
+    """A hash of all that decides how long a step takes."""
+    model, parallel, scheduler = config.model_config, config.parallel_config, config.scheduler_config
+    decisive = (
+        vllm_version,
+        current_platform.get_device_name(),
+        model.model,
+        str(model.dtype),
+        model.quantization,
+        model.enforce_eager,
+        model.hf_config.to_json_string(),
+        parallel.tensor_parallel_size,
+        scheduler.max_num_seqs,
+        scheduler.max_num_batched_tokens,
+    )
+    return hashlib.sha256(repr(decisive).encode()).hexdigest()
 
 
 def _step_table(config: VllmConfig, known: NodeCapacity | None) -> tuple[StepTable, Path]:

@@ -86,11 +86,6 @@ class NodeCollector(Collector):
             "boosts_queued_requests", "Waiting in admission", value=node.admission.queued()
         )
         yield GaugeMetricFamily("boosts_in_flight_sequences", "In the engine", value=node.admission.in_flight)
-        yield GaugeMetricFamily(
-            "boosts_behind_tokens_most",
-            "Owed and not delivered in the running busy period, of the seat with the most",
-            value=max((r.behind_tokens for r in readings), default=0.0),
-        )
         lowest = GaugeMetricFamily(
             "boosts_attainment_lowest",
             "Delivered over owed of the seat with the least, by window in s (1: the worst of the last 12)",

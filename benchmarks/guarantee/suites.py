@@ -5,8 +5,8 @@ other. `proportional`: three clients of which two send less than a third. Prompt
 the paper's rates, scaled by what plain vLLM serves of such requests here over what the paper's machine did.
 
 The *gap* is the paper's: the largest less the smallest service (input + 2 * output) since the window began.
-It is measured by `2U`, twice the service that the engine's slots hold: what VTC guarantees for two backlogged
-clients.
+It is measured by `2U`, what VTC guarantees for two backlogged clients: `U` is 2 for each token that the
+engine holds, here of as many requests as it has slots.
 """
 
 from __future__ import annotations
@@ -33,11 +33,13 @@ PAPER_REQUESTS_S = 1.74
 TOKENS = 256
 TARGET = 0.05
 _DRAIN_S = 2.0
+_CALIBRATION_S = 20.0
+"""Three waves of requests: all that begin together would be decoding in a shorter window."""
 
 
 def seconds(config: Config) -> float:
     each_s = config.suites_warm_s + config.suites_s + _DRAIN_S
-    return config.warm_s + config.calibration_s + 2 * len(RATES) * each_s
+    return config.suites_warm_s + _CALIBRATION_S + 2 * len(RATES) * each_s
 
 
 def measure(bench: Bench) -> Rows:
@@ -58,7 +60,8 @@ def measure(bench: Bench) -> Rows:
                 f"{config.seed}/suites",
             )
         ],
-        window_s=config.calibration_s,
+        window_s=_CALIBRATION_S,
+        warm_s=config.suites_warm_s,
     )
     scale = some(full.output_tok_s(clients[0].name)) / TOKENS / PAPER_REQUESTS_S
     rows = []

@@ -18,7 +18,8 @@ from scheduler import Capacity, Policy, SeatTerms
 
 SPAN_S = 3.0
 """How long the clients stay."""
-TIGHT_EVERY, TIGHT_SPAN_S = 10, 4.0
+UNLIMITED = 10**9
+TIGHT_EVERY, TIGHT_SPAN_S = 20, 4.0
 """One seed in so many draws a node whose guarantees can just be kept, if borrowed work gives way."""
 FREE_SHARE = 0.1
 """Of the machine, which a set of guarantees has to leave free."""
@@ -57,32 +58,21 @@ def _tight_scenario(rng: random.Random) -> Scenario:
     machine = rng.choice((CROWDED, CROWDED, LLAMA_70B_8_H100))
     slots = rng.choice((20, 40))
     quantities = [rng.choice((1, 1, 2)) for _ in range(rng.randint(2, 4))]
-    longest = Shape(input_tokens=(16, 64), output_tokens=(100, 300), max_tokens=300)
-    prefill_tok_s = 200.0
+    sold, prefill_tok_s = sum(quantities), 200.0
+    # Long, or a lag would end with the request before it is as long as the promise allows.
+    long = Shape(input_tokens=(16, 64), output_tokens=(400, 600), max_tokens=600)
     # As many tokens a second as the machine can give each of them, prompts included.
-    sold = sum(quantities)
-    step_s = machine.seconds(0, sold, sold * (longest.input_tokens[1] + longest.max_tokens))
+    step_s = machine.seconds(0, sold, sold * (long.input_tokens[1] + long.max_tokens))
     left = 1 - FREE_SHARE - machine.prefill_token_s * sold * prefill_tok_s
     guarantee = rng.uniform(0.8, 0.99) * left / step_s
     seats, clients = [], []
     for number, quantity in enumerate(quantities):
         name = f"seat{number}"
-        terms = SeatTerms(name, quantity, guarantee, prefill_tok_s, rpm_limit=10**6, tpm_limit=10**9)
-        seats.append(SeatPlan(terms))
-        arrivals = rng.choice(
-            (ClosedLoop(quantity), ClosedLoop(1, think_s=0.1), OnOff(2.0, on_s=1.0, off_s=0.5))
-        )
-        clients.append(Client(name, arrivals, longest, rng.choice((0.0, 0.5)), TIGHT_SPAN_S))
-    for _ in range(rng.randint(1, 2)):
-        shape = Shape(
-            input_tokens=rng.choice(((16, 64), (200, 500))),
-            output_tokens=rng.choice(((4, 24), (100, 300))),
-            max_tokens=300,
-            cancel_share=rng.choice((0.0, 0.3)),
-        )
-        flood = rng.choice((ClosedLoop(2 * slots), OnOff(60.0, on_s=0.5, off_s=0.5)))
-        clients.append(Client("flooder", flood, shape, rng.choice((0.0, 1.0)), TIGHT_SPAN_S))
-    seats.append(SeatPlan(SeatTerms("flooder", 1, 0.0, 5_000.0, rpm_limit=10**6, tpm_limit=10**9)))
+        seats.append(SeatPlan(SeatTerms(name, quantity, guarantee, prefill_tok_s, UNLIMITED, UNLIMITED)))
+        arrivals = rng.choice((ClosedLoop(quantity), ClosedLoop(quantity), OnOff(2.0, on_s=1.0, off_s=0.5)))
+        clients.append(Client(name, arrivals, long, rng.choice((0.0, 0.5)), TIGHT_SPAN_S))
+    seats.append(SeatPlan(SeatTerms("flooder", 1, 0.0, 5_000.0, UNLIMITED, UNLIMITED)))
+    clients += [_flood(slots, rng) for _ in range(rng.randint(1, 2))]
     return Scenario(
         seats=tuple(seats),
         clients=tuple(clients),
@@ -91,6 +81,18 @@ def _tight_scenario(rng: random.Random) -> Scenario:
         seed_step_time=_guess(machine, rng),
         step_tokens=rng.choice((512, 2_048)),
     )
+
+
+def _flood(slots: int, rng: random.Random) -> Client:
+    """Borrowed work that fills the engine until the last owed request has ended, or comes in bursts."""
+    shape = Shape(
+        input_tokens=rng.choice(((16, 64), (200, 500))),
+        output_tokens=rng.choice(((4, 24), (100, 300))),
+        max_tokens=300,
+        cancel_share=rng.choice((0.0, 0.3)),
+    )
+    arrivals = rng.choice((ClosedLoop(2 * slots), ClosedLoop(2 * slots), OnOff(60.0, on_s=0.5, off_s=0.5)))
+    return Client("flooder", arrivals, shape, rng.choice((0.0, 0.5)), 2 * TIGHT_SPAN_S)
 
 
 def _seat(name: str, guarantee: float, rng: random.Random) -> SeatPlan:

@@ -215,7 +215,8 @@ async def store(
                 minutes[seat.pledge_id, minute] += amounts
             attainments = Attainments.of(seat)
             if attainments != _NOTHING_OWED:
-                windows[seat.pledge_id, minute_of(end)] |= attainments
+                # Most of what a report tells of lies before it: that of just after a minute is of the last.
+                windows[seat.pledge_id, minute_of(max(start, end - _SHORT_SPAN))] |= attainments
         boot.row.sequence, boot.row.at = report.sequence, end
         stored += 1
     await _add(session, minutes, windows)

@@ -26,7 +26,7 @@ from scheduler import (
 from scheduler.buckets import TokenBucket
 from scheduler.ledger import Ledger
 from scheduler.seats import Seat, SeatHeap
-from scheduler.steps import StepPolicy
+from scheduler.steps import UNLIMITED, Plan, StepPolicy
 from scheduler.streams import Stream
 from tests.simulation import evidence
 
@@ -343,6 +343,19 @@ def nothing_is_held(patch: Patch) -> None:
     patch.setattr(StepPolicy, "_set_held", lambda self, stream, held, now: None)
 
 
+def borrowed_work_gives_way_nowhere(patch: Patch) -> None:
+    """Not between steps, not with its prompts, and not at the entry."""
+    nothing_is_held(patch)
+    plan = StepPolicy.plan
+
+    def mutant(self: StepPolicy, now: float) -> Plan:
+        found = plan(self, now)
+        self.borrowed_limit = UNLIMITED
+        return replace(found, prefill_tokens=None)
+
+    patch.setattr(StepPolicy, "plan", mutant)
+
+
 def holds_outlast_their_reason(patch: Patch) -> None:
     patch.setattr(StepPolicy, "_free_all", lambda self, now: None)
 
@@ -435,7 +448,8 @@ MUTATIONS = [
     Mutation(ledger_owes_for_all_requests, ("ledger",)),
     Mutation(all_prompts_are_due_at_once, ("ledger",)),
     Mutation(ledger_misses_deliveries, ("ledger",)),
-    Mutation(nothing_is_held, ("pace",)),
+    Mutation(nothing_is_held, ("pace",), aimed=True),
+    Mutation(borrowed_work_gives_way_nowhere, ("pace",)),
     Mutation(holds_outlast_their_reason, ("needless hold", "work conservation")),
     Mutation(held_ones_never_rotate, ("starvation",), aimed=True),
     Mutation(owed_streams_are_held_too, ("victims", "pace")),

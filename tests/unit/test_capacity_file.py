@@ -42,7 +42,7 @@ KNOWN = NodeCapacity(
 
 @pytest.fixture
 def file(tmp_path: Path) -> CapacityFile:
-    return CapacityFile(tmp_path / "capacity.json", "m")
+    return CapacityFile(tmp_path / "capacity.json", "this set-up")
 
 
 @pytest.fixture
@@ -94,9 +94,12 @@ def test_a_folder_in_its_place_is_told_of_and_passed_over(
     assert "capacity.json" in caplog.text
 
 
-def test_another_models_is_passed_over(file: CapacityFile, tmp_path: Path) -> None:
+def test_another_set_ups_is_passed_over(file: CapacityFile, tmp_path: Path) -> None:
+    """Also one without any, of an earlier version."""
     file.write(KNOWN)
     assert CapacityFile(tmp_path / "capacity.json", "another").read() is None
+    (tmp_path / "capacity.json").write_text(KNOWN.model_dump_json())
+    assert file.read() is None
 
 
 def test_a_failed_write_leaves_the_old_file_whole(
@@ -190,7 +193,7 @@ async def test_a_disk_that_takes_nothing_ends_no_node(
     tmp_path: Path, table: StepTable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(module, "SAVE_S", 0.01)
-    file = CapacityFile(tmp_path / "no such folder" / "capacity.json", "m")
+    file = CapacityFile(tmp_path / "no such folder" / "capacity.json", "this set-up")
     task = asyncio.create_task(keep(file, table, "m", CAPACITY))
     await asyncio.sleep(0.1)
     assert not task.done()

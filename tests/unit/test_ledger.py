@@ -156,13 +156,13 @@ def test_the_worst_whole_second_is_told_for_as_long_as_looks_are_apart() -> None
     for second in range(1, 20):
         book.deliver(20 if second == 5 else 50, second + 0.5)
     book.end(1, 1, 20.1)
-    seen = {now: book.lowest_second(now) for now in (20.6, 29.6)}
+    seen = {now: book.lowest_second(now) for now in (21.6, 29.6)}
     # The seconds in which the busy period began and ended are cut, and have no token.
-    assert seen == {20.6: 1.0, 29.6: 1.0}
+    assert seen == {21.6: 1.0, 29.6: 1.0}
     assert book.lowest_second(40.6) is None
 
 
-@pytest.mark.parametrize(("now", "lowest"), [(6.4, 1.0), (6.6, 0.4), (17.4, 0.4), (18.6, 1.0)])
+@pytest.mark.parametrize(("now", "lowest"), [(6.9, 1.0), (7.1, 0.4), (18.9, 0.4), (19.1, 1.0)])
 def test_a_bad_second_is_told_once_it_is_over_and_for_twelve_seconds(now: float, lowest: float) -> None:
     book = ledger()
     book.expect(1, 1, deadline=0.0)

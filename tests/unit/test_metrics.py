@@ -53,7 +53,6 @@ async def test_a_stream_that_gets_less_than_its_guarantee_shows_in_every_figure(
     # The first, and of the second what was not due yet.
     assert told("borrowed_tokens_total") == pytest.approx(1 + 4 - G / 2)
     assert told("shortfall_tokens_total") == 0
-    assert told("behind_tokens_most") == pytest.approx(20 * G - 79)
     assert told("attainment_lowest", window="1") == pytest.approx(2 / G)
     assert told("attainment_lowest", window="10") == pytest.approx(38 / (10 * G))
     assert told("attainment_lowest", window="60") == pytest.approx((1 + 19 * 4 - 2) / (19 * G), rel=0.02)
@@ -71,7 +70,6 @@ async def test_a_stream_that_gets_less_than_its_guarantee_shows_in_every_figure(
     caller.leave.set()
     await settle()
     assert told("shortfall_tokens_total") == pytest.approx(20 * G - 80)
-    assert told("behind_tokens_most") == 0
 
 
 async def test_a_node_that_owes_nothing_tells_no_attainment() -> None:
@@ -81,5 +79,4 @@ async def test_a_node_that_owes_nothing_tells_no_attainment() -> None:
     registry = CollectorRegistry()
     registry.register(NodeCollector(node))
     assert registry.get_sample_value("boosts_attainment_lowest", {"window": "60"}) is None
-    assert registry.get_sample_value("boosts_behind_tokens_most") == 0
     assert registry.get_sample_value("boosts_held_sequences") is None, "it has no step table"

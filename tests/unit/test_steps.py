@@ -979,11 +979,21 @@ def test_entry_opens_bit_by_bit_after_the_last_owed_one_left() -> None:
     engine.run(1.0)
     limit, left = engine.policy.borrowed_limit, engine.now
     engine.abort("owed")
-    while engine.now < left + 5.0:
+    while engine.policy.borrowed_limit < UNLIMITED:
         doublings = (engine.now - left) / RULES.ramp_s
-        assert engine.policy.borrowed_limit <= (limit + 2) * 2 ** (1.1 * doublings) + 5 * doublings + 2
+        assert engine.policy.borrowed_limit <= (limit + 2) * 2**doublings + 2
         engine.step()
+    assert (limit + 2) * 2**doublings >= 4_000
+
+
+def test_entry_is_reviewed_each_step_only_while_it_opens() -> None:
+    engine = engine_with(300.0, 40)
+    engine.run(1.0)
+    limit = engine.policy.borrowed_limit
+    engine.abort("owed")
+    engine.run(RULES.ramp_s * math.log2(4_096 / limit) + 0.05)
     assert engine.policy.borrowed_limit == UNLIMITED
+    assert reviews(engine, 1.0) <= 2.0 / RULES.review_s
 
 
 def test_entry_opens_again_after_a_guarantee_that_was_not_feasible() -> None:

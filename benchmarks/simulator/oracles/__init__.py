@@ -56,7 +56,7 @@ def violations(
     """The promises that a trace breaks, one line each, in order; at most the first few. New `oracles` may be
     given, for what they know afterwards."""
     view = View(promised or Promised())
-    oracles = oracles or all_oracles()
+    oracles = all_oracles() if oracles is None else oracles
     before = {kind: [o for o in oracles if kind in o.foresees] for kind in get_args(trace.Event)}
     after = {kind: [o for o in oracles if kind in o.sees] for kind in get_args(trace.Event)}
     broken: list[str] = []

@@ -32,7 +32,8 @@ class Pace(Oracle):
     def __init__(self) -> None:
         self.feasible = True
         self.judged = 0
-        """Seats that had a guarantee which could be kept, and did not ask for more at once than they have."""
+        """Seats that were served, had a guarantee which could be kept, and did not ask for more at once than
+        they have."""
         self._delivered: dict[str, list[Mark]] = {}
         self._opened: dict[str, float] = {}
         self._blocks: dict[str, list[tuple[float, float]]] = {}
@@ -64,7 +65,7 @@ class Pace(Oracle):
 
     def _judge(self, seat_id: str, view: View) -> Iterator[str]:
         terms = view.seats[seat_id].terms
-        self.judged += terms.guarantee_tok_s > 0
+        self.judged += terms.guarantee_tok_s > 0 and seat_id in self._delivered
         worst = 0.0
         for opened, closed in self._blocks[seat_id]:
             worst = max(worst, self._worst_lag(seat_id, opened, closed, view))
