@@ -107,10 +107,11 @@ class NoStalls(Oracle):
     def _allowed_s(event: trace.Composed, view: View) -> float | None:
         """The step time at which the slowest seat gets what it is owed: its further sequences bring it tokens
         too. None if nobody is owed a pace by others."""
-        decodes: dict[str, int] = {}
-        for key, _ in event.parts:
-            stream = view.streams[key]
-            decodes[stream.seat_id] = decodes.get(stream.seat_id, 0) + stream.decoding
+        decodes = {view.streams[key].seat_id: 0 for key, _ in event.parts}
+        for key, stream in view.streams.items():
+            # Also one that the engine passed over, its last token being under way: the scheduler cannot know.
+            if stream.seat_id in decodes and key not in event.held:
+                decodes[stream.seat_id] += stream.decoding
         allowed = [
             count / (min(count, view.seats[seat_id].quota) * view.seats[seat_id].terms.guarantee_tok_s)
             for seat_id, count in decodes.items()
