@@ -13,7 +13,8 @@ NEEDLESS_S = 0.5
 """Borrowed work may be kept out for this long after the reason for it has gone, also once all work that was
 owed a pace has left,"""
 DOUBLING_S = 0.15
-"""or for as long as it takes to fill the slots from one, when what may enter doubles in this time."""
+"""or for as long as it takes to fill the slots from one, when what may enter doubles in this time, and a step
+longer: entry opens between steps."""
 
 
 class EntryGuarantee(Oracle):
@@ -74,7 +75,7 @@ class WorkConservation(Oracle):
             self._since = None
             return
         self._since = event.at if self._since is None else self._since
-        opening_s = max(NEEDLESS_S, DOUBLING_S * math.log2(view.slots))
+        opening_s = max(NEEDLESS_S, DOUBLING_S * math.log2(view.slots) + view.full_step_s(heads))
         limited = event.at - self._owed_at < opening_s and view.in_flight > 0
         if not limited or event.at - self._since > opening_s:
             yield f"{len(heads)} seats wait while {view.slots - view.in_flight} slots are free"

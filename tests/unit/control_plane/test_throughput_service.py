@@ -128,19 +128,21 @@ async def test_a_minute_keeps_the_lowest_attainment_of_each_window(stage: Stage)
         windows = dict(zip(("attainment_1s", "attainment_10s", "attainment_60s"), shares, strict=True))
         return report(sequence, seat(stage.pledge.id, 100, **windows), at=NOON + at_s * SECOND)
 
-    # In one batch and over several; where nothing is owed, nothing is lowered.
+    # In one batch and over several; where nothing is owed, nothing is lowered. The report at the full minute
+    # is of the seconds before it.
     await stage.send(owed(10, 1, 0.5, None, 1.0), owed(20, 2, 0.9, 0.75, None))
     await stage.send(owed(30, 3, None, 0.8, 0.97))
     await stage.send(owed(40, 4, 0.6, None, None))
-    await stage.send(owed(60, 5, 1.0, None, None))
+    await stage.send(owed(60, 5, 0.4, None, None))
+    await stage.send(owed(72, 6, 1.0, None, None))
     async with stage.database.read() as session:
         minutes = await service.by_minute_of_pledge(session, stage.pledge.id, NOON)
         pool = await service.by_pledge(session, stage.pool.id, NOON)
     assert {minute: sums.windows for minute, sums in minutes.items()} == {
-        NOON: Attainments(0.5, 0.75, 0.97),
+        NOON: Attainments(0.4, 0.75, 0.97),
         NOON + MINUTE: Attainments(1.0, None, None),
     }
-    assert pool[stage.pledge.id].windows == Attainments(0.5, 0.75, 0.97)
+    assert pool[stage.pledge.id].windows == Attainments(0.4, 0.75, 0.97)
 
 
 async def test_a_report_that_was_stored_or_overtaken_changes_nothing(stage: Stage) -> None:
