@@ -28,6 +28,7 @@ from collections import deque
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from heapq import heapify, heapreplace, nsmallest
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from scheduler.step_time import StepTimeFit
@@ -38,6 +39,7 @@ _MORE_THAN_ANY = 4_096
 """Sequences: no engine has that many slots, so entry need not open further bit by bit."""
 _PREFILL_GAIN = 1 / 64
 _HORIZON_TOKENS = 4.0
+_LAST_CHANGE = attrgetter("turn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class StepRules:
     margin_tok_s: float = 1.0
     """and by so much at least: a second in which a slow stream gets one token less is a second missed."""
     review_steps: int = 16
-    review_s: float = 0.1
+    review_s: float = 0.2
     easy_review_s: float = 0.3
     """Steps and time after which the batch is chosen anew, if nothing calls for it earlier; the longer time
     while half as many again as there are would fit, by the lead that there is."""
@@ -306,7 +308,7 @@ class StepPolicy:
         self._lone = next((seat for seat in owed if len(seat.streams) == len(self.streams)), None)
         fitting, borrowed = self._fitting(owed)
         # It grows bit by bit: a step that happened to be short is no reason to try twice the batch.
-        self._room = fitting if self._room == UNLIMITED else min(fitting, self._room + 2 + self._room // 4)
+        self._room = fitting if self._room == UNLIMITED else min(fitting, self._room + 2 + self._room // 2)
         borrowed_count = self._borrowed_count()
         if self.held or self._room < borrowed_count:
             for place, stream in enumerate(borrowed or self._borrowed_decodes()):
@@ -437,16 +439,25 @@ class StepPolicy:
         for seat, streams in by_seat.items():
             if not seat.held:
                 seat.tag = max(seat.tag, self._virtual)
-            streams.sort(key=self._turn)
-            for place, stream in enumerate(streams):
-                keys[stream] = seat.tag + place * self.rules.turn_steps / seat.weight
+            turn = self.rules.turn_steps / seat.weight
+            for place, stream in enumerate(self._by_turn(streams)):
+                keys[stream] = seat.tag + place * turn
         borrowed.sort(key=keys.__getitem__)
 
-    def _turn(self, stream: Stream) -> tuple[int, int]:
-        """The order in a seat: who is in a turn, who has waited for one, who had one."""
-        if self._decodes.step < stream.fixed_until:
-            return (3, stream.turn) if stream.held else (0, stream.turn)
-        return (1, stream.turn) if stream.held else (2, -stream.turn)
+    def _by_turn(self, streams: list[Stream]) -> list[Stream]:
+        """The order in a seat: who is in a turn, who has waited for one, who had one, who was just held."""
+        step = self._decodes.step
+        in_turn: list[Stream] = []
+        waited: list[Stream] = []
+        had_one: list[Stream] = []
+        just_held: list[Stream] = []
+        streams.sort(key=_LAST_CHANGE)
+        for stream in streams:
+            if step < stream.fixed_until:
+                (just_held if stream.held else in_turn).append(stream)
+            else:
+                (waited if stream.held else had_one).append(stream)
+        return in_turn + waited + had_one[::-1] + just_held
 
     def _first_to_go(self, stream: Stream) -> tuple[bool, float, int]:
         """Whose turn is over, of the seat that is furthest ahead, and has run longest."""
