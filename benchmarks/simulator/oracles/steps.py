@@ -14,7 +14,8 @@ NEEDLESS_STEPS = 40
 STALL = 3.0
 """Times the pace that borrowed prompts may take in one step;"""
 FIRST_GUESS, FIRST_STEPS = 2.0, 32
-"""and so much more in the first steps: a step may take twice as long as thought before any was seen."""
+"""and so much more in the first steps with prompts: before any was seen they may take twice as long as
+thought."""
 PASSED_BY_TOKENS = 128
 """Tokens that others may decode while a sequence of the same share is held."""
 
@@ -95,17 +96,18 @@ class NoStalls(Oracle):
 
     def __init__(self) -> None:
         self._steps = 0
+        """With prompts, while the machine was as fast as when it began."""
 
     def foresee(self, event: trace.Event, view: View) -> Iterator[str]:
         if not isinstance(event, trace.Composed):
             return
-        self._steps += 1
-        if view.slowdown != 1.0:
+        prompt_tokens = sum(tokens for key, tokens in event.parts if not view.streams[key].decoding)
+        if not prompt_tokens or view.slowdown != 1.0:
             return
+        self._steps += 1
         pace_s = self._allowed_s(event, view)
         if pace_s is None or not all(view.streams[key].decoding for key in view.owed_streams()):
             return
-        prompt_tokens = sum(tokens for key, tokens in event.parts if not view.streams[key].decoding)
         assert view.step_time is not None
         seconds = view.step_time.seconds(prompt_tokens, 0, 0)
         most_s = STALL * pace_s * (FIRST_GUESS if self._steps <= FIRST_STEPS else 1.0)
