@@ -4,8 +4,10 @@ Theory of operation (docs/scheduling.md derives the bounds):
 
 * A seat whose next request keeps it within its quantity of sequences is *owed*: that request enters at
   once, earliest first-token deadline first, whatever is in the engine: there the step policy
-  (`scheduler.steps`) takes a slot or KV cache from borrowed work for it. All other work is *borrowed*;
-  so is a request wider than the seat's unused seats. It enters while slots and KV cache are free, and
+  (`scheduler.steps`) takes a slot or KV cache from borrowed work for it. So is the next request of a seat
+  that is busy with its quantity, once its prompt is pressing: it is read while the others decode, or the
+  seat would make no tokens meanwhile. All other work is *borrowed*; so is a request wider than the seat's
+  unused seats. It enters while slots and KV cache are free, and
   while the step policy has use for it: what would only be held waits here, where the order is fair. A few
   slots stay free while owed requests keep coming; else a few sequences enter ahead of their slots.
 * Borrowed work is ordered by start-time fair queuing (Goyal, Vin, Cheng, SIGCOMM 1996). A seat's
@@ -30,7 +32,7 @@ from dataclasses import replace
 from scheduler.buckets import RecentRate, TokenBucket
 from scheduler.ledger import WINDOWS_S
 from scheduler.seats import LimitReading, Seat, SeatHeap, SeatReading
-from scheduler.steps import UNLIMITED
+from scheduler.step_rules import UNLIMITED
 from scheduler.terms import Ask, Capacity, Policy, SeatTerms
 from scheduler.tickets import Event, Outcome, Reason, Refusal, State, Ticket
 
@@ -60,6 +62,7 @@ class Admission:
         self._queued: OrderedDict[int, Ticket] = OrderedDict()
         self._fair = SeatHeap(lambda seat: seat.tag, lambda seat: seat.backlogged)
         self._owed = SeatHeap(lambda seat: seat.head.deadline, lambda seat: seat.head_owed)
+        self._ahead = SeatHeap(lambda seat: seat.read_from, lambda seat: seat.reads_ahead)
 
     # --- seats -----------------------------------------------------------------------------------
 
@@ -137,10 +140,15 @@ class Admission:
         """The tickets that enter the engine now, in order: owed seats first, then by virtual time."""
         entering: list[Ticket] = []
         while True:
-            seat = self._owed.peek() or self._fair.peek()
-            if seat is None or not self._fits(seat.head, now, owed=seat.head_owed):
+            owed = self._owed.peek() or self._pressing(now)
+            seat = owed or self._fair.peek()
+            if seat is None or not self._fits(seat.head, now, owed=owed is not None):
                 return entering
-            entering.append(self._start(seat.head, now, owed=seat.head_owed))
+            entering.append(self._start(seat.head, now, owed=owed is not None))
+
+    def is_pressing(self, now: float) -> bool:
+        """Whether `dispatch` would let a request in because its prompt is pressing."""
+        return self._pressing(now) is not None
 
     def expire(self, now: float) -> list[Ticket]:
         """Evict and return what has been queued for the queue timeout."""
@@ -389,6 +397,14 @@ class Admission:
                 slots = min(slots, self.borrowed_limit - borrowed)
         return ticket.count <= slots and kv_in_use + need <= self.capacity.kv_tokens
 
+    def _pressing(self, now: float) -> Seat | None:
+        """The seat whose next prompt is to be read though as many of its sequences are there as it has seats:
+        later would be too late."""
+        seat = self._ahead.peek()
+        if seat is None or seat.read_from > now or not self._fits(seat.head, now, owed=True):
+            return None
+        return seat
+
     def _start(self, ticket: Ticket, now: float, *, owed: bool) -> Ticket:
         seat, policy = ticket.seat, self.policy
         # An owed seat may enter ahead of the fair order, so virtual time follows the order, not the entry.
@@ -490,6 +506,8 @@ class Admission:
             self._fair.push(seat)
             if seat.head_owed:
                 self._owed.push(seat)
+            elif seat.reads_ahead:
+                self._ahead.push(seat)
 
 
 def _longest(refusals: Iterable[Refusal | None]) -> Refusal | None:

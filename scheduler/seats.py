@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from scheduler.buckets import TokenBucket
 from scheduler.ledger import Ledger
+from scheduler.step_rules import READ_AHEAD_S
 from scheduler.terms import Policy, SeatTerms
 from scheduler.tickets import Outcome, Reason, Ticket
 
@@ -61,6 +62,20 @@ class Seat:
     def head_owed(self) -> bool:
         """Whether the next ticket keeps the seat within its quantity."""
         return bool(self.queue) and self.head.count <= self.unused
+
+    @property
+    def read_from(self) -> float:
+        """When the next ticket's prompt is pressing; there must be one."""
+        head = self.head
+        return head.deadline - head.input_tokens / self.terms.prefill_tok_s - READ_AHEAD_S
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether the next ticket, once its prompt is pressing, enters beside as many as the seat has seats:
+        it is read while they decode."""
+        quantity = self.terms.quantity
+        busy = self.guaranteed and quantity <= self.in_flight < 2 * quantity
+        return busy and bool(self.queue) and self.head.count == 1
 
     @property
     def guaranteed(self) -> bool:

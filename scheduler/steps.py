@@ -16,8 +16,9 @@ Theory of operation (docs/scheduling.md derives it):
   the batch changes seldom: a change costs the engine more than a decode.
 * Each seat's lead or lag against what it is owed is fed back into the rate that it needs, so that an error of
   the model shows as a somewhat smaller batch and not as a broken promise.
-* Prompts: what is left of the allowed time is the most that may be prefilled in the step. Owed prompts come
-  first, earliest deadline first; others are kept back where they would stand in the way.
+* Prompts (`scheduler.prompts`): what is left of the allowed time is the most that may be prefilled in the
+  step. Owed prompts come first, earliest deadline first; others are kept back where they would stand in the
+  way, and borrowed decodes are held where they leave owed prompts too few of a step's tokens.
 
 Nothing here reads a clock or knows vLLM; times are seconds of one monotonic clock.
 """
@@ -31,54 +32,15 @@ from heapq import heapify, heapreplace, nsmallest
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+from scheduler.prompts import Prompts
+from scheduler.step_rules import READ_AHEAD_S, UNLIMITED, StepRules
 from scheduler.step_time import StepTimeFit
 from scheduler.streams import Decodes, StepSeat, Stream
 
-UNLIMITED = 2**31
 _MORE_THAN_ANY = 4_096
 """Sequences: no engine has that many slots, so entry need not open further bit by bit."""
-_PREFILL_GAIN = 1 / 64
 _HORIZON_TOKENS = 4.0
 _LAST_CHANGE = attrgetter("turn")
-
-
-@dataclass(frozen=True, slots=True)
-class StepRules:
-    """Constants of the step policy."""
-
-    margin: float = 0.02
-    """The rate aimed at is higher than the owed one by this share, for what no model foresees,"""
-    margin_tok_s: float = 1.0
-    """and by so much at least: a second in which a slow stream gets one token less is a second missed."""
-    review_steps: int = 16
-    review_s: float = 0.2
-    easy_review_s: float = 0.3
-    """Steps and time after which the batch is chosen anew, if nothing calls for it earlier; the longer time
-    while half as many again as there are would fit, by the lead that there is."""
-    turn_steps: int = 32
-    """Steps for which a sequence takes part, or is held, before it may change places with another; in tokens
-    over weight, what a seat must lag behind another to get a place of it."""
-    horizon_s: float = 0.25
-    """Time in which a lag is made up for, or a lead is given away; of slow streams, that of some tokens."""
-    kept_lead_s: float = 0.03
-    """A lead counts for at most this much time of the seat's rate."""
-    kept_lag_s: float = 0.25
-    """A lag counts for at most this much; more was not the batch's fault."""
-    prefill_share: float = 0.5
-    """Borrowed decodes leave room for as many prompt tokens as steps had of late, but at most this share of
-    what the owed ones leave."""
-    stretch: float = 2.0
-    most_stretch_s: float = 0.02
-    """Prompts may lengthen a step to this many times the pace, but by no more time than this, while nobody
-    is behind."""
-    first_token_s: float = 1.0
-    """T0: an owed first token is due after this and the time to read the prompt."""
-    spare_share: float = 0.125
-    """Borrowed sequences of use in the engine beyond those that take part, so that no step goes short
-    between an end and the next entry."""
-    ramp_s: float = 0.15
-    """Time in which `borrowed_limit` may double: a pause between two owed requests must not let in a crowd
-    that would only be held."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +71,10 @@ class StepPolicy:
     Invariants: no owed stream is held; no decode is held while nobody is owed a pace.
     """
 
-    def __init__(self, fit: StepTimeFit, rules: StepRules | None = None) -> None:
+    def __init__(
+        self, fit: StepTimeFit, rules: StepRules | None = None, *, step_tokens: int = UNLIMITED
+    ) -> None:
+        """`step_tokens`: the most that the engine computes in one step, prompts and decodes together."""
         self.fit = fit
         self.rules = rules or StepRules()
         self.streams: dict[Hashable, Stream] = {}
@@ -120,13 +85,12 @@ class StepPolicy:
         """Borrowed sequences that are of use in the engine at present; more would only be held."""
         self.held = 0
         self._held_decodes = 0
-        self._prompts: dict[Hashable, Stream] = {}
-        """Streams with tokens to prefill, waiting or running."""
+        self.prompts = Prompts(self.rules, step_tokens)
         self._room = UNLIMITED
-        """Borrowed decodes that may take part."""
+        """Borrowed decodes that may take part for the pace's sake,"""
+        self._beside_prompts = UNLIMITED
+        """and for the sake of the owed prompts that are being read."""
         self._decodes = Decodes()
-        self._prefill = 0.0
-        """Prompt tokens in a step, mean of late."""
         self._least_lead_s = 0.0
         """Of the seat that is furthest behind, in time of its rate; 0 if nobody is."""
         self._virtual = 0.0
@@ -142,8 +106,6 @@ class StepPolicy:
         self._opening_from, self._opening_since = UNLIMITED, 0.0
         """The last `borrowed_limit` that was all there was use for, and when: from there entry opens."""
         self._review_at = float("-inf")
-        self._made_way = False
-        """Prompts were kept back in the last step for an owed one that waited."""
         self._lone: StepSeat | None = None
         """The seat that has the engine for itself."""
 
@@ -173,14 +135,18 @@ class StepPolicy:
         seat = self.seats.pop(seat_id)
         assert not seat.streams, "a seat with sequences was forgotten"
 
-    def enter(self, stream_id: Hashable, seat_id: Hashable, input_tokens: int, now: float) -> Stream:
-        """A sequence has come to the engine, to wait for its first step."""
+    def enter(
+        self, stream_id: Hashable, seat_id: Hashable, input_tokens: int, due: float, now: float
+    ) -> Stream:
+        """A sequence has come to the engine, to wait for its first step; its first token is `due` then."""
         seat = self.seats[seat_id]
-        due = now + self.rules.first_token_s + input_tokens / seat.prefill_tok_s
         stream = Stream(stream_id, seat, input_tokens, due)
-        self.streams[stream_id] = seat.streams[stream_id] = self._prompts[stream_id] = stream
+        self.streams[stream_id] = seat.streams[stream_id] = self.prompts.streams[stream_id] = stream
+        if self._is_pressing(stream, now):
+            seat.pressing[stream_id] = stream
         seat.classify()
         self._review |= self._lone not in (None, seat)
+        self._review |= stream.owed and self.prompts.exceed_a_step(input_tokens, self._decodes.count)
         return stream
 
     def leave(self, stream_id: Hashable, now: float) -> None:
@@ -188,9 +154,10 @@ class StepPolicy:
         stream = self.streams.pop(stream_id)
         self._set_held(stream, False, now)
         self._changed.pop(stream, None)
-        if self._prompts.pop(stream_id, None) is None:
+        if self.prompts.streams.pop(stream_id, None) is None:
             self._decodes.end(stream)
         del stream.seat.streams[stream_id]
+        stream.seat.pressing.pop(stream_id, None)
         self._membership_changed(stream)
         if not self.streams:
             self.borrowed_limit = UNLIMITED
@@ -207,7 +174,7 @@ class StepPolicy:
         stream.preemptions += 1
         stream.known = 0
         stream.prefill_left = recompute_tokens
-        self._prompts[stream_id] = stream
+        self.prompts.streams[stream_id] = stream
         self._membership_changed(stream)
 
     def cached(self, stream_id: Hashable, tokens: int) -> None:
@@ -230,20 +197,20 @@ class StepPolicy:
             self._choose(now)
         elif self._refill:
             self._bring_to_room(now)
-        prefill_tokens = self._plan_prompts(now) if self._prompts else None
+        prefill_tokens = self._plan_prompts(now) if self.prompts.streams else None
         changed = tuple(stream for stream, held in self._changed.items() if stream.held != held)
         self._changed.clear()
         return Plan(changed, prefill_tokens)
 
     def composed(self, scheduled: Mapping[Any, int], now: float) -> None:
         """The step that was made of the plan: tokens to compute, by stream."""
-        prompts = self._decodes.advance(scheduled, self._prompts)
+        prompts = self._decodes.advance(scheduled, self.prompts.streams)
         decodes, kv_tokens, prefill = self._decodes.in_step, self._decodes.kv_tokens, 0
         for stream, tokens in prompts:
             self._prefilled(stream, tokens)
             prefill += tokens
             kv_tokens += stream.known
-        self._prefill += _PREFILL_GAIN * (prefill - self._prefill)
+        self.prompts.count(prefill)
         self._steps.append(Composed(now, prefill, decodes, kv_tokens))
         if self.allowed_s is not None:
             # The next review will see it; until then no further step may be stretched on the same lead.
@@ -257,7 +224,8 @@ class StepPolicy:
         stream.known += tokens
         if stream.decoding:
             # With its last chunk it makes its first token.
-            del self._prompts[stream.stream_id]
+            del self.prompts.streams[stream.stream_id]
+            stream.seat.pressing.pop(stream.stream_id, None)
             self._decodes.begin(stream)
             stream.turn = stream.fixed_until = self._decodes.step
             self._membership_changed(stream)
@@ -286,13 +254,6 @@ class StepPolicy:
         stream = self.streams[stream_id]
         return (not stream.owed, not stream.decoding, stream.seat.tag, stream.turn)
 
-    def prompts_in_order(self) -> list[Hashable]:
-        """The prompts that have begun, in the order in which they should be given what decodes leave of a
-        step's tokens: owed ones first, earliest deadline first."""
-        running = [stream for stream in self._prompts.values() if stream.running]
-        running.sort(key=lambda stream: (not stream.owed, stream.due if stream.owed else 0.0))
-        return [stream.stream_id for stream in running]
-
     # --- decodes -----------------------------------------------------------------------------------
 
     def _choose(self, now: float) -> None:
@@ -301,24 +262,53 @@ class StepPolicy:
         for step, seconds in self._took:
             self.fit.observe(step.prefill_tokens, step.decodes, step.kv_tokens, seconds)
         self._took.clear()
-        owed = self._account(now)
-        if not owed:
-            self._free_all(now)
-            return
-        self._lone = next((seat for seat in owed if len(seat.streams) == len(self.streams)), None)
-        fitting, borrowed = self._fitting(owed)
+        self._press(now)
+        needed = self._account(now)
+        self._lone = next((seat for seat in needed if len(seat.streams) == len(self.streams)), None)
+        if needed:
+            fitting, borrowed = self._fitting(needed)
+        else:
+            self.allowed_s, fitting, borrowed = None, UNLIMITED, []
         # It grows bit by bit: a step that happened to be short is no reason to try twice the batch.
-        self._room = fitting if self._room == UNLIMITED else min(fitting, self._room + 2 + self._room // 2)
-        borrowed_count = self._borrowed_count()
-        if self.held or self._room < borrowed_count:
-            for place, stream in enumerate(borrowed or self._borrowed_decodes()):
-                self._set_held(stream, place >= self._room, now)
-            for seat in owed:
-                for stream in seat.owed:
-                    self._set_held(stream, False, now)
-        elif fitting > borrowed_count + self._decodes.count // 2:
+        grows = needed and self._room < UNLIMITED
+        self._room = min(fitting, self._room + 2 + self._room // 2) if grows else fitting
+        self._beside_prompts = self._room_beside_prompts()
+        self._hold_beyond(min(self._room, self._beside_prompts), borrowed, now)
+        if not self.held and fitting > self._borrowed_count() + self._decodes.count // 2:
             self._review_at = now + self.rules.easy_review_s
         self._limit_borrowed(self._room + max(1, int(self._room * self.rules.spare_share)), now)
+
+    def _hold_beyond(self, room: int, borrowed: list[Stream], now: float) -> None:
+        """Let `room` borrowed decodes take part; they are in `borrowed`, if they were put in order before."""
+        if not self.held and self._borrowed_count() <= room:
+            return
+        if not borrowed:
+            borrowed = self._borrowed_decodes()
+            if len(borrowed) > room:
+                self._put_in_order(borrowed)
+        for place, stream in enumerate(borrowed):
+            self._set_held(stream, place >= room, now)
+        for seat in self.seats.values():
+            for stream in seat.owed:
+                self._set_held(stream, False, now)
+
+    def _room_beside_prompts(self) -> int:
+        decodes = self._decodes
+        kv_tokens = decodes.kv_tokens + decodes.resting_kv_tokens
+        most = self.prompts.most_decodes(decodes.count, kv_tokens, self.fit.model)
+        return most if most == UNLIMITED else max(0, most - self._owed_decodes())
+
+    def _press(self, now: float) -> None:
+        """Prompts that are pressing become owed, as many as their seat has seats."""
+        for stream in self.prompts.streams.values():
+            pressing = stream.seat.pressing
+            if stream.stream_id not in pressing and self._is_pressing(stream, now):
+                pressing[stream.stream_id] = stream
+                stream.seat.classify()
+
+    @staticmethod
+    def _is_pressing(stream: Stream, now: float) -> bool:
+        return stream.due - stream.prefill_left / stream.seat.prefill_tok_s - READ_AHEAD_S <= now
 
     def _account(self, now: float) -> dict[StepSeat, float]:
         """Bring tags and leads up to `now`; the rate that each seat with an owed pace should get."""
@@ -371,7 +361,7 @@ class StepPolicy:
                     kv_tokens += stream.computed
             decodes += seat.visible
         tightest = _Tightest(needed)
-        prompts = self._prompt_time(tightest.allowed_s - model.seconds(0, decodes, kv_tokens))
+        prompts = self.prompts.time_kept(tightest.allowed_s - model.seconds(0, decodes, kv_tokens), model)
         if self._lone is not None:
             # All of its sequences bring it tokens: none is held for its own sake.
             self.allowed_s = everything.count / needed[self._lone]
@@ -399,33 +389,28 @@ class StepPolicy:
         each_s = model.seconds(0, decodes + 1, kv_tokens + kv_each) - model.seconds(0, decodes, kv_tokens)
         return int(min(UNLIMITED, max(0.0, room_s) / max(1e-9, each_s)))
 
-    def _prompt_time(self, room_s: float) -> float:
-        """The part of a step's room that is kept for prompts: one step takes many, and many take none."""
-        return max(
-            0.0, min(self.rules.prefill_share * room_s, self._prefill * self.fit.model.prefill_token_s)
-        )
-
     def _bring_to_room(self, now: float) -> None:
         """Between reviews: a borrowed decode came or went."""
         self._refill = False
-        if self.allowed_s is None:
-            return
+        room = min(self._room, self._beside_prompts)
         taking_part = self._borrowed_count() - self._held_decodes
-        if taking_part == self._room or (taking_part < self._room and not self._held_decodes):
+        if taking_part == room or (taking_part < room and not self._held_decodes):
             return
         borrowed = self._borrowed_decodes()
-        if taking_part < self._room:
+        if taking_part < room:
             held = [stream for stream in borrowed if stream.held]
-            for stream in nsmallest(self._room - taking_part, held, key=_longest_held):
+            for stream in nsmallest(room - taking_part, held, key=_longest_held):
                 self._set_held(stream, False, now)
-        elif taking_part > self._room:
+        elif taking_part > room:
             free = [stream for stream in borrowed if not stream.held]
-            for stream in nsmallest(taking_part - self._room, free, key=self._first_to_go):
+            for stream in nsmallest(taking_part - room, free, key=self._first_to_go):
                 self._set_held(stream, True, now)
 
     def _borrowed_count(self) -> int:
-        owed = sum(stream.decoding for seat in self.seats.values() for stream in seat.owed)
-        return self._decodes.count - owed
+        return self._decodes.count - self._owed_decodes()
+
+    def _owed_decodes(self) -> int:
+        return sum(stream.decoding for seat in self.seats.values() for stream in seat.owed)
 
     def _borrowed_decodes(self) -> list[Stream]:
         return [stream for stream in self.streams.values() if not (stream.prefill_left or stream.owed)]
@@ -463,14 +448,6 @@ class StepPolicy:
         """Whose turn is over, of the seat that is furthest ahead, and has run longest."""
         return (self._decodes.step < stream.fixed_until, -stream.seat.tag, stream.turn)
 
-    def _free_all(self, now: float) -> None:
-        self.allowed_s = self._lone = None
-        self._room = UNLIMITED
-        if self.held:
-            for stream in self.streams.values():
-                self._set_held(stream, False, now)
-        self._limit_borrowed(UNLIMITED, now)
-
     def _limit_borrowed(self, useful: int, now: float) -> None:
         """Let in no more than are of use; more at once only bit by bit."""
         if self.borrowed_limit < UNLIMITED:
@@ -487,18 +464,9 @@ class StepPolicy:
 
     def _plan_prompts(self, now: float) -> int | None:
         """Keep prompts back where an owed one needs their place; the most prompt tokens of the step."""
-        prompts = self._prompts.values()
-        owed = [stream for stream in prompts if stream.owed and (stream.running or stream.ready)]
-        # An engine serves running prompts before waiting ones. They make way for one step at most, or short
-        # owed prompts in a row would starve them.
-        waiting = [stream.due for stream in owed if not stream.running]
-        urgent = min(waiting) if waiting and not self._made_way else None
-        self._made_way = urgent is not None
-        tight = bool(owed) and self.allowed_s is not None
-        for stream in prompts:
-            in_the_way = urgent is not None and not (stream.owed and stream.due <= urgent)
-            back = in_the_way or (tight and not stream.owed)
-            self._set_held(stream, back and stream.running, now)
+        owed = self.prompts.owed()
+        for stream, back in self.prompts.keep_back(owed, tight=bool(owed) and self.allowed_s is not None):
+            self._set_held(stream, back, now)
         return self._prefill_tokens(owed)
 
     def _prefill_tokens(self, owed: list[Stream]) -> int | None:

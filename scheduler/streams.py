@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from itertools import islice
 from typing import Any
 
 
@@ -35,7 +36,7 @@ class Stream:
         self.prefill_left = input_tokens
         """Tokens to compute before it decodes; 0 once it does."""
         self.due = due
-        """When its first token is due, if it is owed."""
+        """When its first token is due."""
         self.ready = True
         """Whether the engine could start it; not while its grammar is compiled, say."""
         self.known = 0
@@ -154,7 +155,8 @@ class StepSeat:
     """One seat in the engine. Only the step policy writes it.
 
     Invariants: `streams` are those of its sequences that are in the engine, oldest first; `owed` are the
-    first of these, as many as the seat has seats, those that decode before those that do not yet.
+    first of these, as many as the seat has seats, those that decode before those that do not yet; and as
+    many `pressing` prompts beside them, as long as no more prompts are owed than the seat has seats.
     """
 
     __slots__ = (
@@ -171,6 +173,7 @@ class StepSeat:
         "owed_decoded",
         "owed_in_step",
         "prefill_tok_s",
+        "pressing",
         "quantity",
         "rate",
         "streams",
@@ -187,6 +190,8 @@ class StepSeat:
         self.weight = 1.0
         self.streams: dict[Hashable, Stream] = {}
         self.owed: list[Stream] = []
+        self.pressing: dict[Hashable, Stream] = {}
+        """Its prompts that have to be read now for their first token to come when it is due."""
         self.tag = tag
         """Virtual time: borrowed tokens while others were held, by weight."""
         self.held = 0
@@ -220,6 +225,8 @@ class StepSeat:
                     break
                 if stream.decoding is decoding:
                     owed.append(stream)
+        if self.pressing and most:
+            owed += self._pressing_beside(owed)
         if owed == self.owed:
             return False
         for stream in self.owed:
@@ -228,6 +235,12 @@ class StepSeat:
             self._set_owed(stream, True)
         self.owed = owed
         return True
+
+    def _pressing_beside(self, owed: list[Stream]) -> list[Stream]:
+        """The pressing prompts that are owed beside those that are within the seat's quantity."""
+        more = self.quantity - sum(not stream.decoding for stream in owed)
+        beside = (stream for stream in self.pressing.values() if stream not in owed)
+        return list(islice(beside, max(0, more)))
 
     def _set_owed(self, stream: Stream, owed: bool) -> None:
         if stream.joined is None:

@@ -26,7 +26,7 @@ from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutp
 
 from scheduler import Ask, Capacity, Ticket
 from serving.node import Node, RefusedError, StepOutput, current_verdict, engine_request_id
-from serving.step_scheduler import SEAT
+from serving.step_scheduler import DUE, SEAT
 
 VLLM_VERSIONS = "0.32."
 """The versions this file was written for; `launch` refuses others."""
@@ -125,13 +125,15 @@ class SeatLLM(AsyncLLM):
             raise asyncio.CancelledError from None
 
     def _marked(self, params: SamplingParams, ticket: Ticket) -> SamplingParams:
-        """Tell the step scheduler whose request it is. Clients' own extra arguments never get here."""
+        """Tell the step scheduler whose request it is, and when its first token is due. Clients' own extra
+        arguments never get here."""
         if current_platform.is_cpu():
             # vLLM 0.32's CPU engine dies of a seed when the prompt is computed in more than one step
             # (a CPU generator has no offset to set back), and any prompt may be here.
             params.seed = None
         if self.node.rows is not None:
-            params.extra_args = {SEAT: self.node.rows.row(ticket.seat.terms.seat_id)}
+            row = self.node.rows.row(ticket.seat.terms.seat_id)
+            params.extra_args = {SEAT: row, DUE: ticket.deadline}
         return params
 
     def _run_output_handler(self) -> None:

@@ -12,6 +12,7 @@ It runs in EngineCore, chosen by `--scheduler-cls`, and only adapts: `scheduler.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from pathlib import Path
@@ -29,7 +30,9 @@ from serving.step_table import ENVIRONMENT, NOBODY, TRUSTED_SAMPLES, StepTable
 
 VLLM_VERSIONS = "0.32."
 SEAT = "boosts_seat"
-"""Key of `SamplingParams.extra_args`: the seat's row in the table."""
+DUE = "boosts_due"
+"""Keys of `SamplingParams.extra_args`: the seat's row in the table; when the first token is due, by the
+monotonic clock that the API process and EngineCore share."""
 
 _NEVER = 2**62
 _REFRESH_STEPS = 16
@@ -48,7 +51,9 @@ class SeatScheduler(AsyncScheduler):
         super().__init__(vllm_config, *args, **kwargs)
         self._table = StepTable.open(Path(os.environ[ENVIRONMENT]))
         seed, samples = self._table.seed()
-        self._step_policy = StepPolicy(StepTimeFit(seed, seed_samples=samples))
+        self._step_policy = StepPolicy(
+            StepTimeFit(seed, seed_samples=samples), step_tokens=self.max_num_scheduled_tokens
+        )
         self._trusted = 0.0
         self._most_tokens = self.max_num_scheduled_tokens
         self._until_refresh = 0
@@ -63,9 +68,10 @@ class SeatScheduler(AsyncScheduler):
         began = time.perf_counter()
         if request.request_id not in self._step_policy.streams:
             params = request.sampling_params
-            row = int((params.extra_args or {}).get(SEAT, NOBODY)) if params is not None else NOBODY
+            extra = params.extra_args or {} if params is not None else {}
+            row, due = int(extra.get(SEAT, NOBODY)), float(extra.get(DUE, math.inf))
             self._read_seat(row)
-            self._step_policy.enter(request.request_id, row, request.num_tokens, time.monotonic())
+            self._step_policy.enter(request.request_id, row, request.num_tokens, due, time.monotonic())
         self._own_s += time.perf_counter() - began
         super().add_request(request)
 
@@ -156,7 +162,7 @@ class SeatScheduler(AsyncScheduler):
 
     def _put_prompts_last(self) -> None:
         """vLLM gives a step's tokens out in this order, and a prompt in front would take them all."""
-        prompts = [self.requests[str(stream_id)] for stream_id in self._step_policy.prompts_in_order()]
+        prompts = [self.requests[str(stream_id)] for stream_id in self._step_policy.prompts.in_order()]
         if prompts and self.running[-len(prompts) :] != prompts:
             last = set(prompts)
             self.running = [request for request in self.running if request not in last] + prompts

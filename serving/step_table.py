@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Self
 
 from contract.step_time import StepTime
-from scheduler.steps import UNLIMITED
+from scheduler.step_rules import UNLIMITED
 
 ENVIRONMENT = "BOOSTS_STEP_TABLE"
 """Names the file to the EngineCore process. Not one of vLLM's options: those are part of what it keys its

@@ -19,8 +19,9 @@ from scheduler import Capacity, Policy, SeatTerms
 SPAN_S = 3.0
 """How long the clients stay."""
 UNLIMITED = 10**9
-TIGHT_EVERY, TIGHT_SPAN_S = 20, 4.0
-"""One seed in so many draws a node whose guarantees can just be kept, if borrowed work gives way."""
+TIGHT_EVERY, TIGHT_SPAN_S, READING_SPAN_S = 20, 4.0, 8.0
+"""One seed in so many draws a node whose guarantees can just be kept, if borrowed work gives way; one more,
+seats that are busy with reading, for so long."""
 FREE_SHARE = 0.1
 """Of the machine, which a set of guarantees has to leave free."""
 MACHINES = (QWEN3_8B_H100, LLAMA_70B_8_H100, QWEN35_397B_8_H200, CROWDED, CROWDED)
@@ -31,6 +32,8 @@ def random_scenario(seed: int) -> Scenario:
     rng = random.Random(f"scenario/{seed}")
     if seed % TIGHT_EVERY == TIGHT_EVERY - 1:
         return _tight_scenario(rng)
+    if seed % TIGHT_EVERY == TIGHT_EVERY // 2 - 1:
+        return _reading_scenario(rng)
     slots = rng.choice((2, 4, 8, 12, 20, 40))
     kv_tokens = rng.choice((700, 2_000, 100_000))
     guarantee = rng.choice((0.0, 20.0, 50.0, 100.0))
@@ -79,7 +82,42 @@ def _tight_scenario(rng: random.Random) -> Scenario:
         capacity=Capacity(slots, 100_000),
         step_time=machine,
         seed_step_time=_guess(machine, rng),
-        step_tokens=rng.choice((512, 2_048)),
+        step_tokens=rng.choice((64, 512, 2_048)),
+    )
+
+
+def _reading_scenario(rng: random.Random) -> Scenario:
+    """Seats that ask more at once than they have seats, long prompts and short answers: most of the time that
+    is sold goes into reading, and while one of their requests is read the others have to decode."""
+    machine = rng.choice((CROWDED, CROWDED, LLAMA_70B_8_H100))
+    slots, step_tokens = rng.choice((20, 40)), rng.choice((64, 512, 2_048))
+    quantities = [rng.choice((1, 1, 2)) for _ in range(rng.randint(1, 3))]
+    sold = sum(quantities)
+    output_tokens = rng.choice(((2, 8), (8, 40)))
+    shape = Shape(input_tokens=(200, 500), output_tokens=output_tokens, max_tokens=output_tokens[1])
+    step_s = machine.seconds(0, sold, sold * (shape.input_tokens[1] + shape.max_tokens))
+    guarantee = rng.uniform(0.1, 0.7) * (1 - FREE_SHARE) / step_s
+    # As many prompt tokens a second as a step's time leaves at that pace, and as its tokens do.
+    by_time = ((1 - FREE_SHARE) - guarantee * step_s) / machine.prefill_token_s
+    longest = step_tokens - sold
+    by_tokens = (1 - FREE_SHARE) * longest / (step_s + machine.prefill_token_s * longest)
+    prefill_tok_s = rng.uniform(0.5, 0.95) * min(by_time, by_tokens) / sold
+    seats, clients = [], []
+    for number, quantity in enumerate(quantities):
+        name = f"seat{number}"
+        seats.append(SeatPlan(SeatTerms(name, quantity, guarantee, prefill_tok_s, UNLIMITED, UNLIMITED)))
+        connections = quantity * rng.choice((2, 6, 20))
+        clients.append(Client(name, ClosedLoop(connections), shape, rng.choice((0.0, 0.5)), READING_SPAN_S))
+    # Of so much weight that others get little beyond what they are owed.
+    seats.append(SeatPlan(SeatTerms("flooder", rng.choice((1, 20)), 0.0, 5_000.0, UNLIMITED, UNLIMITED)))
+    clients.append(_flood(slots, rng))
+    return Scenario(
+        seats=tuple(seats),
+        clients=tuple(clients),
+        capacity=Capacity(slots, 100_000),
+        step_time=machine,
+        seed_step_time=_guess(machine, rng),
+        step_tokens=step_tokens,
     )
 
 

@@ -21,7 +21,7 @@ class SeatComposer:
 
     def entered(self, stream: Stream, now: float) -> None:
         self._streams[stream.key] = stream
-        self._policy.enter(stream.key, stream.seat_id, stream.input_tokens, now)
+        self._policy.enter(stream.key, stream.seat_id, stream.input_tokens, stream.due, now)
 
     def left(self, stream: Stream, now: float) -> None:
         del self._streams[stream.key]
@@ -47,7 +47,7 @@ class SeatComposer:
             engine.running.sort(key=lambda stream: self._policy.rank(stream.key))
         else:
             # A step's tokens are given out in this order, and a prompt in front would take them all.
-            prompts = self._policy.prompts_in_order()
+            prompts = self._policy.prompts.in_order()
             last = set(prompts)
             engine.running = [stream for stream in engine.running if stream.key not in last]
             engine.running += [self._stream(stream_id) for stream_id in prompts]

@@ -15,6 +15,7 @@ blocks.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
@@ -51,6 +52,7 @@ class Stream:
         "cached_tokens",
         "composed",
         "computed",
+        "due",
         "gone",
         "held",
         "input_tokens",
@@ -71,12 +73,15 @@ class Stream:
         output_tokens: int,
         *,
         seat_id: str = "",
+        due: float = math.inf,
         max_tokens: int | None = None,
         cached_tokens: int = 0,
         leader: Stream | None = None,
     ) -> None:
         self.key = key
         self.seat_id = seat_id
+        self.due = due
+        """When its first token is; the engine does not know."""
         self.input_tokens = input_tokens
         self.output_tokens = output_tokens
         """Tokens after which it ends by itself; the engine does not know."""

@@ -89,7 +89,9 @@ class Simulation:
     def __init__(self, scenario: Scenario, seed: int) -> None:
         self._scenario = scenario
         self._admission = Admission(scenario.capacity, scenario.policy)
-        self._steps = StepPolicy(StepTimeFit(scenario.seed_step_time or scenario.step_time))
+        self._steps = StepPolicy(
+            StepTimeFit(scenario.seed_step_time or scenario.step_time), step_tokens=scenario.step_tokens
+        )
         rules = Rules(scenario.capacity.slots, scenario.capacity.kv_tokens, scenario.step_tokens)
         self._engine = Engine(rules, scenario.step_time, SeatComposer(self._steps))
         self._now = 0.0
@@ -110,9 +112,7 @@ class Simulation:
 
     def run(self) -> list[trace.Event]:
         """Play until all clients have left and all their requests have ended."""
-        self._write(
-            trace.CapacityChanged(0.0, self._scenario.capacity.slots, self._scenario.capacity.kv_tokens)
-        )
+        self._tell_capacity(self._scenario.capacity)
         self._write(trace.MachineChanged(0.0, self._scenario.step_time, 1.0))
         self._plan()
         while self._agenda:
@@ -190,7 +190,7 @@ class Simulation:
             self._engine.rules, slots=change.capacity.slots, kv_tokens=change.capacity.kv_tokens
         )
         self._engine.slowdown = change.slowdown
-        self._write(trace.CapacityChanged(self._now, change.capacity.slots, change.capacity.kv_tokens))
+        self._tell_capacity(change.capacity)
         self._write(trace.MachineChanged(self._now, self._scenario.step_time, change.slowdown))
 
     def _settle(self) -> None:
@@ -233,6 +233,7 @@ class Simulation:
                 prompt.input_tokens,
                 live.output_tokens,
                 seat_id=prompt.seat_id,
+                due=ticket.deadline,
                 max_tokens=prompt.max_tokens,
                 cached_tokens=cached,
                 leader=leader,
@@ -356,6 +357,10 @@ class Simulation:
             self._at(self._now + arrivals.think_s, partial(self._send, sender))
 
     # --- the trace ---------------------------------------------------------------------------------
+
+    def _tell_capacity(self, capacity: Capacity) -> None:
+        step_tokens = self._scenario.step_tokens
+        self._write(trace.CapacityChanged(self._now, capacity.slots, capacity.kv_tokens, step_tokens))
 
     def _write(self, event: trace.Event) -> None:
         self._trace.append(event)

@@ -43,6 +43,7 @@ class CapacityChanged:
     at: float
     slots: int
     kv_tokens: int
+    step_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

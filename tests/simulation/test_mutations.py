@@ -25,9 +25,11 @@ from scheduler import (
 )
 from scheduler.buckets import TokenBucket
 from scheduler.ledger import Ledger
+from scheduler.prompts import Prompts
 from scheduler.seats import Seat, SeatHeap
-from scheduler.steps import UNLIMITED, Plan, StepPolicy
-from scheduler.streams import Stream
+from scheduler.step_rules import UNLIMITED
+from scheduler.steps import Plan, StepPolicy
+from scheduler.streams import StepSeat, Stream
 from tests.simulation import evidence
 
 pytestmark = pytest.mark.slow
@@ -357,7 +359,13 @@ def borrowed_work_gives_way_nowhere(patch: Patch) -> None:
 
 
 def holds_outlast_their_reason(patch: Patch) -> None:
-    patch.setattr(StepPolicy, "_free_all", lambda self, now: None)
+    hold_beyond = StepPolicy._hold_beyond
+
+    def mutant(self: StepPolicy, room: int, borrowed: list[Stream], now: float) -> None:
+        if room < self._borrowed_count():
+            hold_beyond(self, room, borrowed, now)
+
+    patch.setattr(StepPolicy, "_hold_beyond", mutant)
 
 
 def held_ones_never_rotate(patch: Patch) -> None:
@@ -391,11 +399,28 @@ def owed_streams_are_preempted_first(patch: Patch) -> None:
 
 
 def borrowed_work_is_kept_out(patch: Patch) -> None:
-    patch.setattr(StepPolicy, "_free_all", lambda self, now: self._limit_borrowed(1, now))
+    limit_borrowed = StepPolicy._limit_borrowed
+
+    def mutant(self: StepPolicy, useful: int, now: float) -> None:
+        limit_borrowed(self, useful if self.allowed_s else 1, now)
+
+    patch.setattr(StepPolicy, "_limit_borrowed", mutant)
 
 
 def prompts_of_any_length_in_a_step(patch: Patch) -> None:
     patch.setattr(StepPolicy, "_plan_prompts", lambda self, now: None)
+
+
+def decodes_take_the_tokens_of_owed_prompts(patch: Patch) -> None:
+    patch.setattr(Prompts, "most_decodes", lambda self, decodes, kv_tokens, model: UNLIMITED)
+
+
+def nothing_is_read_ahead(patch: Patch) -> None:
+    patch.setattr(Admission, "_pressing", lambda self, now: None)
+
+
+def pressing_prompts_are_read_as_borrowed_ones(patch: Patch) -> None:
+    patch.setattr(StepSeat, "_pressing_beside", lambda self, owed: [])
 
 
 @dataclass(frozen=True)
@@ -456,6 +481,9 @@ MUTATIONS = [
     Mutation(owed_streams_are_preempted_first, ("victims",)),
     Mutation(borrowed_work_is_kept_out, ("work conservation",)),
     Mutation(prompts_of_any_length_in_a_step, ("stall", "pace")),
+    Mutation(decodes_take_the_tokens_of_owed_prompts, ("pace",), aimed=True),
+    Mutation(nothing_is_read_ahead, ("entry guarantee",), aimed=True),
+    Mutation(pressing_prompts_are_read_as_borrowed_ones, ("pace",), aimed=True),
 ]
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from scheduler import Admission, Ask, Capacity, Policy, Reason, Refusal, SeatTerms, State, Ticket
-from scheduler.steps import UNLIMITED
+from scheduler.step_rules import UNLIMITED
 
 SEATS = ("a", "b", "c")
 SLOTS = 6

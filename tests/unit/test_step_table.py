@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contract.step_time import StepTime
-from scheduler.steps import UNLIMITED
+from scheduler.step_rules import UNLIMITED
 from serving.step_table import NOBODY, OWN_TIME_US, ROWS, TRUSTED_SAMPLES, SeatRow, StepReadings, StepTable
 
 SEED = StepTime(5e-3, 50e-6, 60e-6, 1e-8, 4e-3, 0.25)

@@ -14,14 +14,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from contract.step_time import StepTime
+from scheduler.step_rules import UNLIMITED, StepRules
 from scheduler.step_time import StepTimeFit
-from scheduler.steps import UNLIMITED, Plan, StepPolicy, StepRules
+from scheduler.steps import Plan, StepPolicy
 from scheduler.streams import StepSeat
 
 MACHINE = StepTime(base_s=2e-3, prefill_token_s=20e-6, decode_s=100e-6, kv_token_s=1e-10)
 """A step with n decodes takes about 2 + n/10 ms."""
 RULES = StepRules()
 STEP_TOKENS = 2_048
+DUE = 1.0
+"""When the first token of a request that comes at 0 is due, but for the time to read the prompt."""
 
 
 def known(step_time: StepTime = MACHINE) -> StepTimeFit:
@@ -91,9 +94,13 @@ class Engine:
     def seat(self, name: str, g: float = 0.0, *, quantity: int = 1, weight: float | None = None) -> None:
         self.policy.set_seat(name, g, 1_000.0, quantity, weight or float(quantity))
 
+    def due(self, seat: str, prompt: int) -> float:
+        """When the first token of a prompt that comes now is due."""
+        return self.now + DUE + prompt / self.policy.seats[seat].prefill_tok_s
+
     def add(self, name: str, seat: str, prompt: int = 10, output: int = 10**6) -> Job:
         job = self.jobs[name] = Job(name, seat, prompt, prompt, output)
-        self.policy.enter(name, seat, prompt, self.now)
+        self.policy.enter(name, seat, prompt, self.due(seat, prompt), self.now)
         return job
 
     def abort(self, name: str) -> None:
@@ -205,9 +212,10 @@ class Engine:
         for seat in policy.seats.values():
             quantity = seat.quantity if seat.guarantee_tok_s > 0 else 0
             oldest = sorted(seat.streams.values(), key=lambda stream: not stream.decoding)[:quantity]
-            assert [s for s in seat.streams.values() if s.owed] == [
-                s for s in seat.streams.values() if s in oldest
-            ]
+            pressing = [s for s in seat.pressing.values() if s not in oldest]
+            more = max(0, quantity - sum(not stream.decoding for stream in oldest))
+            assert {s for s in seat.streams.values() if s.owed} == {*oldest, *pressing[:more]}
+            assert not any(stream.decoding for stream in seat.pressing.values())
             assert math.isfinite(seat.tag)
         for stream in policy.streams.values():
             assert stream.prefill_left >= 0
@@ -255,7 +263,7 @@ def test_the_oldest_sequences_of_a_seat_are_owed_as_many_as_it_has_seats() -> No
     policy = StepPolicy(known())
     policy.set_seat("s", 10.0, 100.0, 2, 2.0)
     for name in "abcd":
-        policy.enter(name, "s", 5, 0.0)
+        policy.enter(name, "s", 5, DUE, 0.0)
     assert owed_names(policy) == ["a", "b"]
 
 
@@ -263,7 +271,7 @@ def test_the_next_oldest_succeeds_one_that_left() -> None:
     policy = StepPolicy(known())
     policy.set_seat("s", 10.0, 100.0, 2, 2.0)
     for name in "abcd":
-        policy.enter(name, "s", 5, 0.0)
+        policy.enter(name, "s", 5, DUE, 0.0)
     policy.leave("a", 0.0)
     assert owed_names(policy) == ["b", "c"]
     policy.leave("d", 0.0)
@@ -291,7 +299,7 @@ def test_a_successor_that_was_held_runs_again_at_once() -> None:
 def test_without_a_guarantee_nothing_is_owed() -> None:
     policy = StepPolicy(known())
     policy.set_seat("s", 0.0, 100.0, 5, 5.0)
-    policy.enter("a", "s", 5, 0.0)
+    policy.enter("a", "s", 5, DUE, 0.0)
     assert owed_names(policy) == []
 
 
@@ -310,7 +318,7 @@ def test_more_seats_make_more_sequences_owed() -> None:
     policy = StepPolicy(known())
     policy.set_seat("s", 10.0, 100.0, 1, 1.0)
     for name in "abc":
-        policy.enter(name, "s", 5, 0.0)
+        policy.enter(name, "s", 5, DUE, 0.0)
     policy.set_seat("s", 10.0, 100.0, 2, 2.0)
     assert owed_names(policy) == ["a", "b"]
     policy.set_seat("s", 10.0, 100.0, 1, 1.0)
@@ -435,7 +443,7 @@ def test_a_younger_stream_that_decodes_before_the_oldest_stalls_nobody(extra: in
         engine.add(f"b{number}", "free")
     engine.steps(20 + extra)
     # The oldest is not among the engine's jobs: it cannot be scheduled yet.
-    engine.policy.enter("oldest", "sold", 1_000, engine.now)
+    engine.policy.enter("oldest", "sold", 1_000, engine.due("sold", 1_000), engine.now)
     engine.add("younger", "sold", prompt=10)
     since = engine.now
     engine.run(2.0)
@@ -673,7 +681,7 @@ def test_a_seat_of_many_streams_that_ran_alone_is_not_charged_for_streams_it_had
 def test_prompts_are_unlimited_while_nobody_is_owed_a_pace() -> None:
     policy = StepPolicy(known())
     policy.set_seat("free", 0.0, 100.0, 1, 1.0)
-    policy.enter("a", "free", 10_000, 0.0)
+    policy.enter("a", "free", 10_000, DUE, 0.0)
     assert policy.plan(0.0).prefill_tokens is None
 
 
@@ -778,7 +786,7 @@ def test_without_a_pace_in_danger_borrowed_prompts_never_wait_two_steps_in_a_row
     for number in range(50):
         # An owed prompt that stays to wait in each step: never in the engine's reach.
         engine.seat(f"s{number}", 10.0)
-        engine.policy.enter(f"w{number}", f"s{number}", 100, engine.now)
+        engine.policy.enter(f"w{number}", f"s{number}", 100, engine.due(f"s{number}", 100), engine.now)
         engine.step()
         now = kept_back(engine)
         assert not (last & now)
@@ -805,7 +813,7 @@ def test_an_owed_prompt_gets_its_rate_even_when_the_pace_leaves_nothing() -> Non
 def test_a_cached_prefix_needs_no_prefill() -> None:
     policy = StepPolicy(known())
     policy.set_seat("s", 0.0, 100.0, 1, 1.0)
-    stream = policy.enter("a", "s", 100, 0.0)
+    stream = policy.enter("a", "s", 100, DUE, 0.0)
     policy.plan(0.0)
     policy.cached("a", 96)
     assert (stream.prefill_left, stream.computed) == (4, 96)
@@ -817,7 +825,7 @@ def test_a_cached_prefix_needs_no_prefill() -> None:
 def test_a_wholly_cached_prompt_still_computes_one_token() -> None:
     policy = StepPolicy(known())
     policy.set_seat("s", 0.0, 100.0, 1, 1.0)
-    stream = policy.enter("a", "s", 32, 0.0)
+    stream = policy.enter("a", "s", 32, DUE, 0.0)
     policy.cached("a", 32)
     assert stream.prefill_left == 1
 
@@ -893,7 +901,7 @@ def test_prompts_under_way_go_on_owed_ones_first_and_by_their_deadline() -> None
         engine.add(seat, seat, prompt=prompt)
     for name in ("late", "early"):
         engine.policy.streams[name].running = True
-    assert engine.policy.prompts_in_order() == ["early", "late", "prompt"]
+    assert engine.policy.prompts.in_order() == ["early", "late", "prompt"]
 
 
 def test_a_prompt_that_cannot_start_keeps_nobody_back() -> None:
@@ -903,7 +911,7 @@ def test_a_prompt_that_cannot_start_keeps_nobody_back() -> None:
     engine.add("long", "free", prompt=10**6)
     engine.steps(3)
     engine.seat("other", 300.0)
-    blocked = engine.policy.enter("blocked", "other", 300, engine.now)
+    blocked = engine.policy.enter("blocked", "other", 300, engine.due("other", 300), engine.now)
     blocked.ready = False
     for _ in range(10):
         engine.step()
@@ -1040,7 +1048,7 @@ def test_held_time_is_accounted_to_the_seat() -> None:
 def test_a_seat_with_sequences_is_not_forgotten() -> None:
     policy = StepPolicy(known())
     policy.set_seat("s", 0.0, 100.0, 1, 1.0)
-    policy.enter("a", "s", 5, 0.0)
+    policy.enter("a", "s", 5, DUE, 0.0)
     with pytest.raises(AssertionError):
         policy.forget_seat("s")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from benchmarks.simulator import trace
 from benchmarks.simulator.oracles.oracle import Oracle
-from benchmarks.simulator.oracles.view import EASY, View
+from benchmarks.simulator.oracles.view import EASY, EPSILON, View
 
 NEEDLESS_S = 0.5
 """Borrowed work may be kept out for this long after the reason for it has gone, also once all work that was
@@ -18,7 +18,8 @@ longer: entry opens between steps."""
 
 
 class EntryGuarantee(Oracle):
-    """A seat whose next request keeps it within its quantity enters at once, whatever is in the engine."""
+    """A seat whose next request keeps it within its quantity enters at once, whatever is in the engine; also
+    one request beyond it whose prompt must be read now."""
 
     name = "entry guarantee"
     sees = (trace.Settled,)
@@ -26,7 +27,7 @@ class EntryGuarantee(Oracle):
     def see(self, event: trace.Event, view: View) -> Iterator[str]:
         if not isinstance(event, trace.Settled):
             return
-        owed = [(seat, head) for seat, head in view.heads() if head.count <= seat.unused]
+        owed = [(seat, head) for seat, head in view.heads() if view.owes_entry(head, event.at - 2 * EPSILON)]
         # An owed prompt for which owed work leaves no room may hold up those behind it.
         if all(view.fits(head, owed=True) for _, head in owed):
             yield from (f"{seat.terms.seat_id} is owed and waits with prompt {p.number}" for seat, p in owed)
@@ -42,7 +43,7 @@ class Room(Oracle):
         if not isinstance(event, trace.Entered) or view.in_flight == 0:
             return
         prompt = view.prompts[event.number].prompt
-        owed = prompt.count <= view.seats[prompt.seat_id].unused
+        owed = view.owes_entry(prompt, event.at)
         if not view.fits(prompt, owed=owed, beyond=view.elastic(event.at)):
             kind = "owed" if owed else "borrowed"
             yield f"{kind} prompt {prompt.number} entered without room"
@@ -63,7 +64,7 @@ class WorkConservation(Oracle):
     def see(self, event: trace.Event, view: View) -> Iterator[str]:
         if not isinstance(event, trace.Settled):
             return
-        pace_s = view.pace_s()
+        pace_s = view.pace_s(event.at)
         if pace_s is not None:
             self._owed_at = event.at
         heads = [head for _, head in view.heads()]

@@ -12,12 +12,17 @@ from benchmarks.simulator.oracles.view import View
 MARGIN = 0.1
 """Share of the machine that a feasible set of guarantees leaves free."""
 
+KEPT = 0.5
+"""Share of the lag that is promised which is allowed here: a scheduler that comes near the promise in some
+thousand runs breaks it in more."""
+
 Mark = tuple[float, int, int]
 """When; how many more sequences are owed their rate; tokens delivered."""
 
 
 class Pace(Oracle):
-    """In every busy period `delivered >= owed - g*q*T0`, if the guarantees were feasible throughout."""
+    """In every busy period `delivered >= owed - g*q*T0`, with some to spare, if the guarantees were feasible
+    throughout."""
 
     name = "pace"
     sees = (
@@ -69,7 +74,7 @@ class Pace(Oracle):
         worst = 0.0
         for opened, closed in self._blocks[seat_id]:
             worst = max(worst, self._worst_lag(seat_id, opened, closed, view))
-        allowed = terms.guarantee_tok_s * terms.quantity * view.promised.first_token_grace_s
+        allowed = KEPT * terms.guarantee_tok_s * terms.quantity * view.promised.first_token_grace_s
         if worst > allowed + 1.0:
             yield f"{seat_id} was {worst:.1f} tokens behind, {allowed:.1f} are allowed"
 
@@ -118,9 +123,12 @@ def feasible(view: View) -> bool:
     prompt_tok_s = sum(
         min(seat.terms.tpm_limit / 60, seat.terms.quantity * seat.terms.prefill_tok_s) for seat in sold
     )
-    seconds = view.step_time.seconds(prompt_tok_s * pace_s, streams, kv_tokens) * view.slowdown
-    fits = streams <= view.slots and kv_tokens <= view.kv_tokens
-    return fits and seconds <= (1 - MARGIN) * pace_s
+    # A step that takes fewer prompt tokens than come in its pace has to be shorter by as much.
+    prompt_tokens = min(prompt_tok_s * pace_s, view.step_tokens - streams)
+    allowed_s = min(pace_s, prompt_tokens / prompt_tok_s) if prompt_tok_s else pace_s
+    fits = streams <= min(view.slots, view.step_tokens) and kv_tokens <= view.kv_tokens
+    seconds = view.step_time.seconds(prompt_tokens, streams, kv_tokens) * view.slowdown
+    return fits and seconds <= (1 - MARGIN) * allowed_s
 
 
 def _longest(seat_id: str, view: View) -> int:

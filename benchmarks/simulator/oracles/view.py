@@ -22,6 +22,7 @@ class Promised:
     input_weight: float = 1.0
     output_weight: float = 2.0
     first_token_grace_s: float = 1.0
+    read_ahead_s: float = 0.5
     queue_timeout_s: float = 60.0
     max_queued_per_seat: int = 256
     initial_output_tokens: float = 256.0
@@ -173,6 +174,7 @@ class View:
         self.promised = promised
         self.slots = 0
         self.kv_tokens = 0
+        self.step_tokens = 0
         self.in_flight = 0
         self.kv_in_use = 0
         self.owed_kv_in_use = 0
@@ -224,8 +226,21 @@ class View:
             return -min(most, math.ceil(2 * owed / max(owed, ends)))
         return min(most, math.ceil(self.promised.ahead_s * ends))
 
-    def owed_streams(self) -> set[int]:
-        """Of each guaranteed seat as many sequences as it has seats: the oldest, those that decode first."""
+    def owes_entry(self, prompt: trace.Prompt, now: float) -> bool:
+        """Whether the prompt, its seat's next, enters under the guarantee: within the seat's quantity, or
+        beside as many, once it must be read."""
+        seat = self.seats[prompt.seat_id]
+        pressing = prompt.count == 1 and self._read_from(prompt) <= now + EPSILON
+        return prompt.count <= seat.unused or (pressing and seat.running < 2 * seat.quota)
+
+    def _read_from(self, prompt: trace.Prompt) -> float:
+        """When the prompt must be read at the latest, for a first token that comes well in time."""
+        reading_s = prompt.input_tokens / self.seats[prompt.seat_id].terms.prefill_tok_s
+        return self.prompts[prompt.number].due - reading_s - self.promised.read_ahead_s
+
+    def owed_streams(self, now: float) -> set[int]:
+        """Of each guaranteed seat as many sequences as it has seats: the oldest, those that decode first; and
+        of the prompts that must be read by now, as many as it has seats."""
         owed: set[int] = set()
         room = {seat_id: seat.quota for seat_id, seat in self.seats.items()}
         for decoding in (True, False):
@@ -233,11 +248,19 @@ class View:
                 if stream.decoding is decoding and room[stream.seat_id] > 0:
                     room[stream.seat_id] -= 1
                     owed.add(key)
+        prompts = dict.fromkeys(self.seats, 0)
+        for key, stream in self.streams.items():
+            prompt = self.prompts[stream.number].prompt
+            pressing = not stream.decoding and self._read_from(prompt) <= now
+            if pressing and prompts[stream.seat_id] < self.seats[stream.seat_id].quota:
+                prompts[stream.seat_id] += 1
+                owed.add(key)
         return owed
 
-    def pace_s(self) -> float | None:
+    def pace_s(self, now: float) -> float | None:
         """The longest step with which the owed sequences in the engine keep their pace."""
-        rates = [self.seats[self.streams[key].seat_id].terms.guarantee_tok_s for key in self.owed_streams()]
+        owed = [self.seats[self.streams[key].seat_id] for key in self.owed_streams(now)]
+        rates = [seat.terms.guarantee_tok_s for seat in owed]
         return 1 / max(rates) if rates else None
 
     def full_step_s(self, more: Iterable[trace.Prompt] = ()) -> float:
@@ -292,6 +315,7 @@ class View:
                 self._settle_owed_kv(seat)
             case trace.CapacityChanged():
                 self.slots, self.kv_tokens = event.slots, event.kv_tokens
+                self.step_tokens = event.step_tokens
             case trace.MachineChanged():
                 self.step_time, self.slowdown = event.step_time, event.slowdown
 
@@ -343,7 +367,7 @@ class View:
         prompt, seat = view.prompt, self.seats[view.prompt.seat_id]
         view.outcomes.append("dispatched")
         view.entered = True
-        view.owed = prompt.count <= seat.unused
+        view.owed = self.owes_entry(prompt, event.at)
         expected = self.expected_output(prompt)
         foreseen = round(expected * self.promised.foreseen_share)
         view.upfront = (

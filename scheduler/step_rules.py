@@ -1,0 +1,47 @@
+"""Constants of the step policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+UNLIMITED = 2**31
+READ_AHEAD_S = 0.5
+"""A prompt that cannot be read later than this before its first token is due is *pressing*: it is read under
+the guarantee though as many sequences as its seat has seats decode."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepRules:
+    """Constants of the step policy."""
+
+    margin: float = 0.02
+    """The rate aimed at is higher than the owed one by this share, for what no model foresees,"""
+    margin_tok_s: float = 1.0
+    """and by so much at least: a second in which a slow stream gets one token less is a second missed."""
+    review_steps: int = 16
+    review_s: float = 0.2
+    easy_review_s: float = 0.3
+    """Steps and time after which the batch is chosen anew, if nothing calls for it earlier; the longer time
+    while half as many again as there are would fit, by the lead that there is."""
+    turn_steps: int = 32
+    """Steps for which a sequence takes part, or is held, before it may change places with another; in tokens
+    over weight, what a seat must lag behind another to get a place of it."""
+    horizon_s: float = 0.25
+    """Time in which a lag is made up for, or a lead is given away; of slow streams, that of some tokens."""
+    kept_lead_s: float = 0.03
+    """A lead counts for at most this much time of the seat's rate."""
+    kept_lag_s: float = 0.25
+    """A lag counts for at most this much; more was not the batch's fault."""
+    prefill_share: float = 0.5
+    """Borrowed decodes leave room for as many prompt tokens as steps had of late, but at most this share of
+    what the owed ones leave."""
+    stretch: float = 2.0
+    most_stretch_s: float = 0.02
+    """Prompts may lengthen a step to this many times the pace, but by no more time than this, while nobody
+    is behind."""
+    spare_share: float = 0.125
+    """Borrowed sequences of use in the engine beyond those that take part, so that no step goes short
+    between an end and the next entry."""
+    ramp_s: float = 0.15
+    """Time in which `borrowed_limit` may double: a pause between two owed requests must not let in a crowd
+    that would only be held."""
