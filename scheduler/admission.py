@@ -140,11 +140,13 @@ class Admission:
         """The tickets that enter the engine now, in order: owed seats first, then by virtual time."""
         entering: list[Ticket] = []
         while True:
-            owed = self._owed.peek() or self._pressing(now)
-            seat = owed or self._fair.peek()
-            if seat is None or not self._fits(seat.head, now, owed=owed is not None):
+            seat = self._owed.peek() or self._pressing(now) or self._fair.peek()
+            if seat is None:
                 return entering
-            entering.append(self._start(seat.head, now, owed=owed is not None))
+            owed = seat.head_owed or self._presses(seat, now)
+            if not self._fits(seat.head, now, owed=owed):
+                return entering
+            entering.append(self._start(seat.head, now, owed=owed))
 
     def is_pressing(self, now: float) -> bool:
         """Whether `dispatch` would let a request in because its prompt is pressing."""
@@ -329,7 +331,6 @@ class Admission:
 
     def _enqueue(self, seat: Seat, ask: Ask, reserved_tokens: int, now: float) -> Ticket:
         self._last_number += 1
-        due = self._due(seat, ask, now)
         ticket = Ticket(
             self._last_number,
             seat,
@@ -337,7 +338,7 @@ class Admission:
             max_tokens=ask.max_tokens,
             count=ask.count,
             submitted_at=now,
-            deadline=due,
+            deadline=self._deadline(seat, ask, now),
             expires_at=now + self.policy.queue_timeout_s,
         )
         seat.requests.take(ask.count, now)
@@ -349,14 +350,13 @@ class Admission:
         seat.waiting += ticket.count
         seat.unread += 1
         self._queued[ticket.number] = ticket
-        # With `n` sequences it has to wait for as many of its seats: owed from its first token on only.
-        seat.ledger.expect(ticket.number, ticket.count, due if ticket.count == 1 else math.inf)
+        seat.ledger.expect(ticket.number, ticket.count, ticket.due)
         self._refresh(seat)
         return ticket
 
-    def _due(self, seat: Seat, ask: Ask, now: float) -> float:
-        """When the first token is due. Prompts that come faster than the seats read have to wait for those
-        before them: their tokens were not sold for any earlier."""
+    def _deadline(self, seat: Seat, ask: Ask, now: float) -> float:
+        """When the first token should come. Prompts that come faster than the seats read have to wait for
+        those before them: their tokens were not sold for any earlier."""
         policy, terms = self.policy, seat.terms
         tokens = ask.input_tokens if policy.prefix_caching else ask.input_tokens * ask.count
         # What was read sooner, or not at all, leaves no debt.
@@ -401,9 +401,10 @@ class Admission:
         """The seat whose next prompt is to be read though as many of its sequences are there as it has seats:
         later would be too late."""
         seat = self._ahead.peek()
-        if seat is None or seat.read_from > now or not self._fits(seat.head, now, owed=True):
-            return None
-        return seat
+        return seat if seat is not None and self._presses(seat, now) else None
+
+    def _presses(self, seat: Seat, now: float) -> bool:
+        return seat.reads_ahead and seat.read_from <= now and self._fits(seat.head, now, owed=True)
 
     def _start(self, ticket: Ticket, now: float, *, owed: bool) -> Ticket:
         seat, policy = ticket.seat, self.policy

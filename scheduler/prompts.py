@@ -67,7 +67,14 @@ class Prompts:
         """Whether a step with so many decodes has too few tokens left for so many of a prompt."""
         return tokens > self._step_tokens - decodes
 
-    def most_decodes(self, decodes: int, kv_tokens: int, model: StepTime) -> int:
+    def owed_tok_s(self, owed: list[Stream], now: float) -> float:
+        """Tokens per second at which the `owed` ones have to be read together."""
+        # What is late has to catch up: at its own rate the next one would be late too.
+        return sum(
+            (self._rules.hurry if stream.due <= now else 1.0) * stream.seat.prefill_tok_s for stream in owed
+        )
+
+    def most_decodes(self, decodes: int, kv_tokens: int, model: StepTime, now: float) -> int:
         """With how many of the decodes steps have tokens enough for what is owed to prompts.
 
         With n of them and s tokens, a step of t(n) seconds computes s - n of the prompts; it has to be
@@ -76,7 +83,7 @@ class Prompts:
         owed = self.owed()
         if not self.exceed_a_step(sum(stream.prefill_left for stream in owed), decodes):
             return UNLIMITED
-        owed_tok_s = (1.0 + self._rules.margin) * sum(stream.seat.prefill_tok_s for stream in owed)
+        owed_tok_s = (1.0 + self._rules.margin) * self.owed_tok_s(owed, now)
         kv_each = kv_tokens / max(1, decodes)
 
         def too_slow(n: int) -> bool:

@@ -67,15 +67,15 @@ class Seat:
     def read_from(self) -> float:
         """When the next ticket's prompt is pressing; there must be one."""
         head = self.head
-        return head.deadline - head.input_tokens / self.terms.prefill_tok_s - READ_AHEAD_S
+        return head.due - head.input_tokens / self.terms.prefill_tok_s - READ_AHEAD_S
 
     @property
     def reads_ahead(self) -> bool:
         """Whether the next ticket, once its prompt is pressing, enters beside as many as the seat has seats:
         it is read while they decode."""
+        # One is read, and one waits to be: it takes a step or two for one that enters to begin.
         quantity = self.terms.quantity
-        busy = self.guaranteed and quantity <= self.in_flight < 2 * quantity
-        return busy and bool(self.queue) and self.head.count == 1
+        return self.guaranteed and bool(self.queue) and quantity <= self.in_flight < 3 * quantity
 
     @property
     def guaranteed(self) -> bool:

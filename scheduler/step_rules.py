@@ -35,6 +35,8 @@ class StepRules:
     prefill_share: float = 0.5
     """Borrowed decodes leave room for as many prompt tokens as steps had of late, but at most this share of
     what the owed ones leave."""
+    hurry: float = 2.0
+    """An owed prompt whose first token is overdue is read so many times faster than it is owed."""
     stretch: float = 2.0
     most_stretch_s: float = 0.02
     """Prompts may lengthen a step to this many times the pace, but by no more time than this, while nobody

@@ -68,7 +68,7 @@ class StepPolicy:
     Per step the engine's adapter calls `plan`, `composed` and, when the step is done, `completed`; several
     steps may be under way. `enter`, `leave` and `preempted` come in between.
 
-    Invariants: no owed stream is held; no decode is held while nobody is owed a pace.
+    Invariants: no owed decode is held; no decode is held while nobody is owed a pace or a prompt.
     """
 
     def __init__(
@@ -152,6 +152,9 @@ class StepPolicy:
     def leave(self, stream_id: Hashable, now: float) -> None:
         """The sequence is over."""
         stream = self.streams.pop(stream_id)
+        if stream.joined is not None:
+            # What steps under way still make of it is thrown away.
+            stream.seat.count(stream, -min(len(self._steps), self._decodes.step - stream.joined))
         self._set_held(stream, False, now)
         self._changed.pop(stream, None)
         if self.prompts.streams.pop(stream_id, None) is None:
@@ -229,7 +232,7 @@ class StepPolicy:
             self._decodes.begin(stream)
             stream.turn = stream.fixed_until = self._decodes.step
             self._membership_changed(stream)
-            stream.seat.count_token(stream)
+            stream.seat.count(stream, 1)
 
     def completed(self, now: float) -> None:
         """The oldest composed step is done."""
@@ -272,7 +275,7 @@ class StepPolicy:
         # It grows bit by bit: a step that happened to be short is no reason to try twice the batch.
         grows = needed and self._room < UNLIMITED
         self._room = min(fitting, self._room + 2 + self._room // 2) if grows else fitting
-        self._beside_prompts = self._room_beside_prompts()
+        self._beside_prompts = self._room_beside_prompts(now)
         self._hold_beyond(min(self._room, self._beside_prompts), borrowed, now)
         if not self.held and fitting > self._borrowed_count() + self._decodes.count // 2:
             self._review_at = now + self.rules.easy_review_s
@@ -292,10 +295,10 @@ class StepPolicy:
             for stream in seat.owed:
                 self._set_held(stream, False, now)
 
-    def _room_beside_prompts(self) -> int:
+    def _room_beside_prompts(self, now: float) -> int:
         decodes = self._decodes
         kv_tokens = decodes.kv_tokens + decodes.resting_kv_tokens
-        most = self.prompts.most_decodes(decodes.count, kv_tokens, self.fit.model)
+        most = self.prompts.most_decodes(decodes.count, kv_tokens, self.fit.model, now)
         return most if most == UNLIMITED else max(0, most - self._owed_decodes())
 
     def _press(self, now: float) -> None:
@@ -308,7 +311,9 @@ class StepPolicy:
 
     @staticmethod
     def _is_pressing(stream: Stream, now: float) -> bool:
-        return stream.due - stream.prefill_left / stream.seat.prefill_tok_s - READ_AHEAD_S <= now
+        # Whoever lost its place to an owed sequence must not take another's for being late.
+        late = stream.due - stream.prefill_left / stream.seat.prefill_tok_s - READ_AHEAD_S <= now
+        return late and not stream.preemptions
 
     def _account(self, now: float) -> dict[StepSeat, float]:
         """Bring tags and leads up to `now`; the rate that each seat with an owed pace should get."""
@@ -324,8 +329,10 @@ class StepPolicy:
             self._follow_lead(seat, owed + borrowed, now)
             if seat.rate > 0.0:
                 self._least_lead_s = min(self._least_lead_s, seat.lead / seat.rate)
-                horizon_s = max(self.rules.horizon_s, _HORIZON_TOKENS / seat.rate)
-                needed[seat] = max(0.5 * seat.rate, self._aim(seat) - seat.lead / horizon_s)
+            if paced := seat.paced():
+                rate = seat.guarantee_tok_s * paced
+                horizon_s = max(self.rules.horizon_s, _HORIZON_TOKENS / rate)
+                needed[seat] = max(0.5 * rate, self._aim(rate) - seat.lead / horizon_s)
         if lowest is not None:
             self._virtual = max(self._virtual, lowest)
         return needed
@@ -334,19 +341,19 @@ class StepPolicy:
         """Bring the seat's lead up to `now`, by the rate that was owed until now."""
         if seat.counted_at is not None:
             rules = self.rules
-            lead = seat.lead + decoded - self._aim(seat) * (now - seat.counted_at)
+            lead = seat.lead + decoded - self._aim(seat.rate) * (now - seat.counted_at)
             # A token more or less is neither lead nor lag.
             most, least = max(1.0, seat.rate * rules.kept_lead_s), max(1.0, seat.rate * rules.kept_lag_s)
             seat.lead = max(-least, min(most, lead))
-        seat.rate = seat.owed_rate()
+        seat.rate = seat.guarantee_tok_s * seat.owing(now)
         if seat.rate > 0.0:
             seat.counted_at = now
         else:
             seat.counted_at, seat.lead = None, 0.0
 
-    def _aim(self, seat: StepSeat) -> float:
-        """Tokens per second that the seat shall get, a little more than it is owed."""
-        return seat.rate + max(self.rules.margin * seat.rate, self.rules.margin_tok_s)
+    def _aim(self, rate: float) -> float:
+        """Tokens per second that a seat shall get, a little more than it is owed."""
+        return rate + max(self.rules.margin * rate, self.rules.margin_tok_s)
 
     def _fitting(self, needed: dict[StepSeat, float]) -> tuple[int, list[Stream]]:
         """How many borrowed decodes may take part; and, unless all may, these in the order in which they do.
@@ -467,9 +474,9 @@ class StepPolicy:
         owed = self.prompts.owed()
         for stream, back in self.prompts.keep_back(owed, tight=bool(owed) and self.allowed_s is not None):
             self._set_held(stream, back, now)
-        return self._prefill_tokens(owed)
+        return self._prefill_tokens(owed, now)
 
-    def _prefill_tokens(self, owed: list[Stream]) -> int | None:
+    def _prefill_tokens(self, owed: list[Stream], now: float) -> int | None:
         if self.allowed_s is None:
             return None
         rules, model = self.rules, self.fit.model
@@ -480,7 +487,7 @@ class StepPolicy:
             stretch_s = min(rules.most_stretch_s, (rules.stretch - 1.0) * self.allowed_s)
         room_s = self.allowed_s + stretch_s - model.seconds(0, *self._decodes.coming())
         # What brings owed first tokens in time has precedence over the others' pace.
-        least = self.allowed_s * sum(stream.seat.prefill_tok_s for stream in owed)
+        least = self.allowed_s * self.prompts.owed_tok_s(owed, now)
         if self._lone is not None:
             # Its own prompts are what will bring it more.
             least = max(least, self.allowed_s / token_s)

@@ -250,9 +250,14 @@ class StepSeat:
             stream.owed = owed
             self.count_in(stream, 1)
 
-    def owed_rate(self) -> float:
-        """Tokens per second owed to the sequences that decode."""
-        return self.guarantee_tok_s * sum(stream.decoding for stream in self.owed)
+    def paced(self) -> int:
+        """How many of its owed sequences decode."""
+        return sum(stream.decoding for stream in self.owed)
+
+    def owing(self, now: float) -> int:
+        """For how many sequences it is owed its rate: those past their first token, or past its deadline."""
+        overdue = sum(stream.due <= now for stream in self.pressing.values()) if self.pressing else 0
+        return min(self.quantity, self.paced() + overdue)
 
     def settle(self) -> tuple[int, int]:
         """Take what was decoded since the last call: owed and borrowed tokens."""
@@ -261,12 +266,13 @@ class StepSeat:
         self.owed_decoded = self.borrowed_decoded = 0
         return owed, borrowed
 
-    def count_token(self, stream: Stream) -> None:
-        """The sequence made a token outside the steps that it decodes in: its first."""
+    def count(self, stream: Stream, tokens: int) -> None:
+        """The sequence made so many tokens more than one in each step that it decodes in: its first does not
+        come of one, and the last are made in vain."""
         if stream.owed:
-            self.owed_decoded += 1
+            self.owed_decoded += tokens
         else:
-            self.borrowed_decoded += 1
+            self.borrowed_decoded += tokens
 
     def count_in(self, stream: Stream, change: int) -> None:
         """From the next step on, the sequence takes part (+1) or does not (-1)."""

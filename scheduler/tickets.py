@@ -10,6 +10,7 @@ A request that is refused at `submit` gets a `Refusal` and never becomes a ticke
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -132,7 +133,8 @@ class Ticket:
         self.count = count
         self.submitted_at = submitted_at
         self.deadline = deadline
-        """When its first token is due, by the guarantee."""
+        """By when its first token should come: among those that enter under the guarantee the earliest is
+        first."""
         self.expires_at = expires_at
         """When it is evicted if it is still queued."""
         self.state = State.QUEUED
@@ -159,6 +161,12 @@ class Ticket:
 
     def __repr__(self) -> str:
         return f"<Ticket {self.number} of {self.seat.terms.seat_id} {self.state.value}>"
+
+    @property
+    def due(self) -> float:
+        """When its first token is due. Never, with several sequences: they wait for as many seats, and are
+        owed from their first token on only."""
+        return self.deadline if self.count == 1 else math.inf
 
     @property
     def ended(self) -> bool:

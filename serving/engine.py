@@ -133,7 +133,7 @@ class SeatLLM(AsyncLLM):
             params.seed = None
         if self.node.rows is not None:
             row = self.node.rows.row(ticket.seat.terms.seat_id)
-            params.extra_args = {SEAT: row, DUE: ticket.deadline}
+            params.extra_args = {SEAT: row, DUE: ticket.due}
         return params
 
     def _run_output_handler(self) -> None:

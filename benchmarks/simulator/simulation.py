@@ -233,7 +233,7 @@ class Simulation:
                 prompt.input_tokens,
                 live.output_tokens,
                 seat_id=prompt.seat_id,
-                due=ticket.deadline,
+                due=ticket.due,
                 max_tokens=prompt.max_tokens,
                 cached_tokens=cached,
                 leader=leader,

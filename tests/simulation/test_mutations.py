@@ -327,13 +327,13 @@ def ledger_owes_for_all_requests(patch: Patch) -> None:
 
 
 def all_prompts_are_due_at_once(patch: Patch) -> None:
-    due = Admission._due
+    deadline = Admission._deadline
 
     def mutant(self: Admission, seat: Seat, ask: Ask, now: float) -> float:
         seat.read_by = 0.0
-        return due(self, seat, ask, now)
+        return deadline(self, seat, ask, now)
 
-    patch.setattr(Admission, "_due", mutant)
+    patch.setattr(Admission, "_deadline", mutant)
 
 
 def ledger_misses_deliveries(patch: Patch) -> None:
@@ -412,7 +412,7 @@ def prompts_of_any_length_in_a_step(patch: Patch) -> None:
 
 
 def decodes_take_the_tokens_of_owed_prompts(patch: Patch) -> None:
-    patch.setattr(Prompts, "most_decodes", lambda self, decodes, kv_tokens, model: UNLIMITED)
+    patch.setattr(Prompts, "most_decodes", lambda self, *_: UNLIMITED)
 
 
 def nothing_is_read_ahead(patch: Patch) -> None:
@@ -429,6 +429,8 @@ class Mutation:
     caught_by: tuple[str, ...]
     aimed: bool = False
     """Whether an aimed run shows it sooner than random ones."""
+    seeds: Sequence[int] = SEEDS
+    """Random adversaries of which one shows it."""
 
 
 MUTATIONS = [
@@ -483,14 +485,14 @@ MUTATIONS = [
     Mutation(prompts_of_any_length_in_a_step, ("stall", "pace")),
     Mutation(decodes_take_the_tokens_of_owed_prompts, ("pace",), aimed=True),
     Mutation(nothing_is_read_ahead, ("entry guarantee",), aimed=True),
-    Mutation(pressing_prompts_are_read_as_borrowed_ones, ("pace",), aimed=True),
+    Mutation(pressing_prompts_are_read_as_borrowed_ones, ("pace",), seeds=(5_289,)),
 ]
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.apply.__name__)
 def test_broken_promise_is_seen(mutation: Mutation, monkeypatch: Patch) -> None:
     mutation.apply(monkeypatch)
-    runs = [evidence.broken_by_random_adversaries(SEEDS), evidence.broken_by_aimed_runs()]
+    runs = [evidence.broken_by_random_adversaries(mutation.seeds), evidence.broken_by_aimed_runs()]
     if mutation.aimed or "fairness" in mutation.caught_by:  # a drift takes long runs to show
         runs.reverse()
     told = (line for line in chain(*runs) if line.startswith(mutation.caught_by))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from contract.step_time import StepTime
-from scheduler.step_rules import UNLIMITED, StepRules
+from scheduler.step_rules import READ_AHEAD_S, UNLIMITED, StepRules
 from scheduler.step_time import StepTimeFit
 from scheduler.steps import Plan, StepPolicy
 from scheduler.streams import StepSeat
@@ -75,9 +75,16 @@ class Engine:
     """
 
     def __init__(
-        self, policy: StepPolicy, step_time: StepTime = MACHINE, *, ahead: int = 2, noise: float = 0.0
+        self,
+        policy: StepPolicy,
+        step_time: StepTime = MACHINE,
+        *,
+        ahead: int = 2,
+        noise: float = 0.0,
+        step_tokens: int = STEP_TOKENS,
     ) -> None:
         self.policy = policy
+        self.step_tokens = step_tokens
         self.step_time = step_time
         self.ahead = ahead
         self.now = 0.0
@@ -150,7 +157,8 @@ class Engine:
         assert plan.prefill_tokens is None or plan.prefill_tokens >= 0
         if self.policy.allowed_s is None:
             assert plan.prefill_tokens is None
-            assert not any(self.policy.streams[name].decoding for name in self.held)
+            if not any(stream.owed for stream in self.policy.streams.values()):
+                assert not any(self.policy.streams[name].decoding for name in self.held)
 
     def _compose(self, plan: Plan) -> Batch:
         scheduled: dict[str, int] = {}
@@ -161,7 +169,9 @@ class Engine:
                 scheduled[job.name] = 1
                 made.append(job)
         decodes = len(scheduled)
-        budget = STEP_TOKENS if plan.prefill_tokens is None else min(STEP_TOKENS, plan.prefill_tokens)
+        budget = self.step_tokens - decodes
+        if plan.prefill_tokens is not None:
+            budget = min(budget, plan.prefill_tokens)
         prompts = [job for job in self.jobs.values() if not job.decoding and job.name not in self.held]
         prompts.sort(key=lambda job: (not job.running, not self.policy.streams[job.name].owed))
         prefill = 0
@@ -808,6 +818,158 @@ def test_an_owed_prompt_gets_its_rate_even_when_the_pace_leaves_nothing() -> Non
             break
         engine.step()
     assert engine.now - since <= 5_000 / 10_000.0 * 1.2 + 0.05
+
+
+def tokens_run_short(g: float, *, prompt: int) -> Engine:
+    """A crowd of 60 borrowed decodes in steps of 64 tokens, and a prompt that is owed 1,000 tokens a second,
+    the only one that is owed anything unless there is a pace `g` besides."""
+    engine = Engine(StepPolicy(known(), step_tokens=64), step_tokens=64)
+    engine.seat("free")
+    for number in range(60):
+        engine.add(f"b{number}", "free")
+    if g:
+        engine.seat("sold", g)
+        engine.add("owed", "sold")
+    engine.run(1.0)
+    engine.seat("reader", 10.0)
+    engine.add("read", "reader", prompt=prompt)
+    return engine
+
+
+@pytest.mark.parametrize("g", [0.0, 50.0])
+def test_borrowed_decodes_leave_owed_prompts_the_tokens_to_be_read_at_their_rate(g: float) -> None:
+    engine = tokens_run_short(g, prompt=3_000)
+    since = engine.now
+    while not engine.jobs["read"].decoding:
+        engine.step()
+    # With all of them a step would take 4 tokens of the prompt, and 8 ms.
+    assert engine.now - since <= 3_000 / 1_000.0 + 0.1
+    held = [name for name in engine.held if name.startswith("b")]
+    assert 1 <= len(held) <= 10
+    engine.run(0.5)
+    assert not engine.held
+
+
+def test_a_prompt_that_one_step_can_take_holds_nobody() -> None:
+    engine = tokens_run_short(0.0, prompt=4)
+    engine.step()
+    assert not engine.held
+    assert engine.jobs["read"].decoding
+
+
+def test_those_held_for_a_prompts_sake_take_turns() -> None:
+    engine = tokens_run_short(50.0, prompt=3_000)
+    held = set()
+    while not engine.jobs["read"].decoding:
+        engine.step()
+        held |= engine.held
+    assert len(held) > 20
+
+
+def test_the_next_prompt_of_a_busy_seat_is_owed_once_it_is_pressing() -> None:
+    engine = engine_with(100.0, 5)
+    engine.steps(20)
+    due = engine.now + READ_AHEAD_S + 2_000 / 1_000.0 + 0.3
+    stream = engine.policy.enter("next", "sold", 2_000, due, engine.now)
+    stream.ready = False
+    engine.run(0.25)
+    assert not stream.owed
+    engine.run(0.3)
+    assert stream.owed
+    engine.policy.leave("next", engine.now)
+    assert not engine.policy.seats["sold"].pressing
+
+
+def test_a_pressing_prompt_is_owed_at_once_and_no_more_once_it_decodes() -> None:
+    engine = engine_with(100.0, 5)
+    engine.steps(20)
+    engine.policy.enter("next", "sold", 2_000, engine.now, engine.now)
+    engine.jobs["next"] = Job("next", "sold", 2_000, 2_000, 50)
+    assert owed_names(engine.policy) == ["owed", "next"]
+    while not engine.jobs["next"].decoding:
+        engine.step()
+    assert owed_names(engine.policy) == ["owed"]
+
+
+def test_no_more_pressing_prompts_are_owed_than_the_seat_has_seats() -> None:
+    policy = StepPolicy(known())
+    policy.set_seat("s", 10.0, 1_000.0, 2, 2.0)
+    for name in "abcd":
+        policy.enter(name, "s", 5, 0.0, 0.0)
+    assert owed_names(policy) == ["a", "b"]
+    policy.plan(0.0)
+    policy.composed({"a": 5}, 0.0)
+    # One decodes and two are read.
+    assert owed_names(policy) == ["a", "b", "c"]
+
+
+def test_without_a_guarantee_no_prompt_is_pressing_enough_to_be_owed() -> None:
+    policy = StepPolicy(known())
+    policy.set_seat("s", 0.0, 1_000.0, 2, 2.0)
+    policy.enter("a", "s", 5, -10.0, 0.0)
+    assert owed_names(policy) == []
+
+
+def test_a_sequence_that_lost_its_place_is_pressing_no_more() -> None:
+    engine = engine_with(100.0, 5)
+    engine.steps(20)
+    engine.add("next", "sold", prompt=10)
+    engine.steps(5)
+    engine.preempt("next")
+    stream = engine.policy.streams["next"]
+    stream.due = engine.now
+    engine.run(0.5)
+    assert not engine.policy.seats["sold"].pressing
+
+
+def test_an_overdue_prompt_is_read_faster_than_it_is_owed() -> None:
+    def seconds(due: float) -> float:
+        engine = engine_with(450.0, 0)
+        engine.steps(50)
+        engine.policy.set_seat("other", 450.0, 10_000.0, 1, 1.0)
+        engine.policy.enter("late", "other", 5_000, engine.now + due, engine.now)
+        engine.jobs["late"] = Job("late", "other", 5_000, 5_000, 50)
+        since = engine.now
+        while not engine.jobs["late"].decoding:
+            engine.step()
+        return engine.now - since
+
+    assert seconds(-1.0) < 0.8 * seconds(10.0)
+
+
+def test_a_seat_that_is_owed_while_its_overdue_prompt_is_read_makes_up_for_it() -> None:
+    policy = StepPolicy(known())
+    policy.set_seat("s", 100.0, 1_000.0, 1, 1.0)
+    policy.set_seat("other", 0.0, 1_000.0, 1, 1.0)
+    policy.enter("borrowed", "other", 5, math.inf, 0.0)
+    policy.enter("late", "s", 5, -1.0, 0.0)
+    policy.plan(0.0)
+    policy.composed({"borrowed": 5}, 0.0)
+    policy.completed(0.1)
+    policy._review = True
+    policy.plan(0.1)
+    assert policy.seats["s"].lead == pytest.approx(-0.1 * 102)
+
+
+@pytest.mark.parametrize(("ahead", "vain"), [(1, 0), (2, 1), (3, 2)])
+def test_what_steps_under_way_make_of_a_sequence_that_is_over_counts_for_nothing(
+    ahead: int, vain: int
+) -> None:
+    """It ended by itself, and the engine had begun its next steps before it knew."""
+    policy = StepPolicy(known())
+    policy.set_seat("s", 100.0, 1_000.0, 1, 1.0)
+    policy.enter("a", "s", 5, DUE, 0.0)
+    policy.plan(0.0)
+    policy.composed({"a": 5}, 0.0)
+    policy.completed(0.01)
+    for _ in range(10):
+        policy.composed({"a": 1}, 0.01)
+    for _ in range(10 - ahead + 1):
+        policy.completed(0.02)
+    policy.leave("a", 0.02)
+    owed, borrowed = policy.seats["s"].settle()
+    # The first comes of the prompt.
+    assert owed + borrowed == 1 + 10 - vain
 
 
 def test_a_cached_prefix_needs_no_prefill() -> None:

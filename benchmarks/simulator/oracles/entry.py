@@ -27,7 +27,11 @@ class EntryGuarantee(Oracle):
     def see(self, event: trace.Event, view: View) -> Iterator[str]:
         if not isinstance(event, trace.Settled):
             return
-        owed = [(seat, head) for seat, head in view.heads() if view.owes_entry(head, event.at - 2 * EPSILON)]
+        owed = [
+            (seat, head)
+            for seat, head in view.heads()
+            if head.count <= seat.unused or view.pressing(head, event.at - EPSILON)
+        ]
         # An owed prompt for which owed work leaves no room may hold up those behind it.
         if all(view.fits(head, owed=True) for _, head in owed):
             yield from (f"{seat.terms.seat_id} is owed and waits with prompt {p.number}" for seat, p in owed)
@@ -43,7 +47,7 @@ class Room(Oracle):
         if not isinstance(event, trace.Entered) or view.in_flight == 0:
             return
         prompt = view.prompts[event.number].prompt
-        owed = view.owes_entry(prompt, event.at)
+        owed = view.enters_as_owed(prompt, event.at)
         if not view.fits(prompt, owed=owed, beyond=view.elastic(event.at)):
             kind = "owed" if owed else "borrowed"
             yield f"{kind} prompt {prompt.number} entered without room"

@@ -47,8 +47,8 @@ class NeedlessHolds(Oracle):
 
 @dataclass(slots=True)
 class _Hold:
-    passed_by: dict[int, int] = field(default_factory=dict)
-    """Tokens that each other borrowed sequence decoded meanwhile."""
+    passed_by: dict[int, float] = field(default_factory=dict)
+    """Tokens that each other borrowed sequence decoded meanwhile; fewer where its share is larger."""
 
 
 class NoStarvation(Oracle):
@@ -73,10 +73,12 @@ class NoStarvation(Oracle):
             if key in owed or tokens != 1 or not stream.decoding:
                 continue
             for other, hold in self._holds.items():
-                passed = hold.passed_by[key] = hold.passed_by.get(key, 0) + 1
-                ratio = max(1.0, self._share(key, view) / self._share(other, view))
-                if passed == int(PASSED_BY_TOKENS * ratio):
-                    yield f"sequence {other} is held while {key} decoded {passed} tokens"
+                before = hold.passed_by.get(key, 0.0)
+                passed = hold.passed_by[key] = before + min(
+                    1.0, self._share(other, view) / self._share(key, view)
+                )
+                if before < PASSED_BY_TOKENS <= passed:
+                    yield f"sequence {other} is held while {key} decoded {passed:.0f} tokens by share"
 
     @staticmethod
     def _share(key: int, view: View) -> float:

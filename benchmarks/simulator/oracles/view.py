@@ -105,6 +105,11 @@ class SeatView:
         return max(0, self.quota - self.running)
 
     @property
+    def reads_ahead(self) -> bool:
+        """Whether it has all that it is owed a pace for, and not yet three times as many."""
+        return self.quota <= self.running < 3 * self.quota
+
+    @property
     def owed(self) -> int:
         """Sequences in the engine that count as owed."""
         return min(self.quota, self.running)
@@ -226,12 +231,14 @@ class View:
             return -min(most, math.ceil(2 * owed / max(owed, ends)))
         return min(most, math.ceil(self.promised.ahead_s * ends))
 
-    def owes_entry(self, prompt: trace.Prompt, now: float) -> bool:
-        """Whether the prompt, its seat's next, enters under the guarantee: within the seat's quantity, or
-        beside as many, once it must be read."""
-        seat = self.seats[prompt.seat_id]
-        pressing = prompt.count == 1 and self._read_from(prompt) <= now + EPSILON
-        return prompt.count <= seat.unused or (pressing and seat.running < 2 * seat.quota)
+    def pressing(self, prompt: trace.Prompt, now: float) -> bool:
+        """Whether the prompt, its seat's next, must be read beside as many as the seat has seats."""
+        return self.seats[prompt.seat_id].reads_ahead and self._read_from(prompt) <= now
+
+    def enters_as_owed(self, prompt: trace.Prompt, now: float) -> bool:
+        """Whether a prompt that enters does so under the guarantee."""
+        within = prompt.count <= self.seats[prompt.seat_id].unused
+        return within or (self.pressing(prompt, now + EPSILON) and self.fits(prompt, owed=True))
 
     def _read_from(self, prompt: trace.Prompt) -> float:
         """When the prompt must be read at the latest, for a first token that comes well in time."""
@@ -367,7 +374,7 @@ class View:
         prompt, seat = view.prompt, self.seats[view.prompt.seat_id]
         view.outcomes.append("dispatched")
         view.entered = True
-        view.owed = self.owes_entry(prompt, event.at)
+        view.owed = self.enters_as_owed(prompt, event.at)
         expected = self.expected_output(prompt)
         foreseen = round(expected * self.promised.foreseen_share)
         view.upfront = (
