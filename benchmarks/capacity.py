@@ -57,6 +57,7 @@ _LONGEST_PROMPT = 4_096
 _START_S = 1_800.0
 """A large model that is compiled at its first start takes many minutes."""
 _KV_SIZE = re.compile(r"KV cache size: ([\d,]+) tokens")
+_STEP_TOKENS = re.compile(r"max_num_batched_tokens=(\d+)")
 
 
 class MeasureError(Exception):
@@ -79,6 +80,8 @@ class Limits:
     kv_tokens: int
     context_tokens: int
     """The longest request, prompt and answer together."""
+    step_tokens: int | None
+    """Of one step; None if it does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +224,7 @@ def measure(options: argparse.Namespace, folder: Path, bar: _Bar) -> Measured:
         **asdict(step),
         slots=limits.slots,
         kv_tokens=limits.kv_tokens,
+        step_tokens=limits.step_tokens,
         error=error,
         measured_at=datetime.datetime.now(datetime.UTC).replace(microsecond=0),
     )
@@ -229,7 +233,8 @@ def measure(options: argparse.Namespace, folder: Path, bar: _Bar) -> Measured:
 
 
 def _limits(server: Server, slots: int) -> Limits:
-    sizes = _KV_SIZE.findall(server.log.read_text(errors="replace"))
+    log = server.log.read_text(errors="replace")
+    sizes, step_tokens = _KV_SIZE.findall(log), _STEP_TOKENS.findall(log)
     if not sizes:
         raise MeasureError(f"{server.log} does not say how large the KV cache is")
     request = urllib.request.Request(  # noqa: S310 - our own http URL
@@ -238,7 +243,12 @@ def _limits(server: Server, slots: int) -> Limits:
     with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310 - our own http URL
         [model] = json.load(answer)["data"]
     # Several engines each say theirs; a stream lives in one.
-    return Limits(slots, int(sizes[-1].replace(",", "")), int(model["max_model_len"]))
+    return Limits(
+        slots,
+        int(sizes[-1].replace(",", "")),
+        int(model["max_model_len"]),
+        int(step_tokens[-1]) if step_tokens else None,
+    )
 
 
 def _active_share(model: str) -> float:

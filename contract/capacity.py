@@ -2,8 +2,9 @@
 
 A guarantee of g output tokens per second is a *pace*: while it is owed, a step may take 1/g seconds at most.
 Seats are feasible on a node when one decoding stream for each of them, its context in the KV cache, and the
-prompts that their limits allow fit into `1 - margin` of such a step. A pool is checked with this before it is
-opened, by what its operator declared, and before it goes live, by what its nodes have measured.
+prompts that their limits allow fit into `1 - margin` of such a step. Where a step has too few tokens for the
+prompts of 1/g seconds, it has to be shorter by as much as it takes fewer of them. A pool is checked with this
+before it is opened, by what its operator declared, and before it goes live, by what its nodes have measured.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ class NodeCapacity(Document):
     """Streams that the engine runs at once, vLLM's max_num_seqs."""
     kv_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)]
     """That the KV cache holds."""
+    step_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    """That one step computes at most, of prompts and streams together, vLLM's max_num_batched_tokens; null
+    where that is not known, and then no bound."""
     error: Annotated[float, Field(ge=0)] | None = None
     """Mean relative error of the fit to the steps that were measured; null when declared."""
     # JSON has no times: also a parser that has read the JSON already must take one from its text.
@@ -88,6 +92,8 @@ class Bound(enum.Enum):
     """The streams' contexts do not fit into the KV cache."""
     STEP_TIME = "step_time"
     """A step with all of them takes longer than the pace allows."""
+    STEP_TOKENS = "step_tokens"
+    """The streams leave too few of a step's tokens to the prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +156,8 @@ def judge(capacity: NodeCapacity, promise: Promise, seats: int) -> Feasibility:
         most_seats=_most_seats(capacity, promise) if promised else None,
         slots=capacity.slots,
         step_needed_ms=1000 * _step_s(capacity, promise, seats),
-        step_allowed_ms=1000 * _allowed_s(promise) if promised else None,
-        prefill_tokens_per_step=_prefill_per_step(promise, seats),
+        step_allowed_ms=1000 * _allowed_s(capacity, promise, seats) if promised else None,
+        prefill_tokens_per_step=_prefill_per_step(capacity, promise, seats),
         kv_tokens_needed=seats * promise.context_tokens,
         kv_tokens=capacity.kv_tokens,
     )
@@ -159,11 +165,14 @@ def judge(capacity: NodeCapacity, promise: Promise, seats: int) -> Feasibility:
 
 def _broken(capacity: NodeCapacity, promise: Promise, seats: int) -> tuple[Bound, ...]:
     # No seats, no promise: the time of an empty step breaks none.
-    too_slow = seats > 0 and _step_s(capacity, promise, seats) > _allowed_s(promise) * (1 + _ROUNDING)
+    allowed_s = _allowed_s(capacity, promise, seats)
+    too_slow = seats > 0 and _step_s(capacity, promise, seats) > allowed_s * (1 + _ROUNDING)
+    short_of_tokens = _prefill_per_step(capacity, promise, seats) < _prefill_per_pace(promise, seats)
     broken = {
         Bound.SLOTS: seats > capacity.slots,
         Bound.KV_TOKENS: seats * promise.context_tokens > capacity.kv_tokens,
-        Bound.STEP_TIME: too_slow,
+        Bound.STEP_TIME: too_slow and not short_of_tokens,
+        Bound.STEP_TOKENS: too_slow and short_of_tokens,
     }
     return tuple(bound for bound, holds in broken.items() if holds)
 
@@ -181,19 +190,29 @@ def _most_seats(capacity: NodeCapacity, promise: Promise) -> int:
 
 
 def _step_s(capacity: NodeCapacity, promise: Promise, seats: int) -> float:
-    prefill = _prefill_per_step(promise, seats)
+    prefill = _prefill_per_step(capacity, promise, seats)
     return capacity.step_time.seconds(prefill, seats, seats * promise.context_tokens)
 
 
-def _prefill_per_step(promise: Promise, seats: int) -> float:
+def _prefill_per_pace(promise: Promise, seats: int) -> float:
+    """Prompt tokens that come while each stream makes one token."""
     if promise.guarantee_tok_s <= 0:
         return 0.0
     return seats * promise.input_tok_s / promise.guarantee_tok_s
 
 
-def _allowed_s(promise: Promise) -> float:
+def _prefill_per_step(capacity: NodeCapacity, promise: Promise, seats: int) -> float:
+    """Of these, those that one step can take."""
+    wanted = _prefill_per_pace(promise, seats)
+    return wanted if capacity.step_tokens is None else min(wanted, max(0, capacity.step_tokens - seats))
+
+
+def _allowed_s(capacity: NodeCapacity, promise: Promise, seats: int) -> float:
     # A guarantee may be so small that no float holds its pace.
     pace_s = 1 / promise.guarantee_tok_s if promise.guarantee_tok_s > 1e-300 else math.inf
+    taken, wanted = _prefill_per_step(capacity, promise, seats), _prefill_per_pace(promise, seats)
+    if taken < wanted:
+        pace_s = taken / (seats * promise.input_tok_s)
     return (1 - promise.margin) * pace_s
 
 

@@ -13,6 +13,9 @@ class Capacity:
     """Sequences the engine runs together (vLLM's `max_num_seqs`)."""
     kv_tokens: int
     """Tokens the KV cache holds over all sequences."""
+    step_tokens: int | None = None
+    """Tokens the engine computes in one step, of prompts and decodes (vLLM's `max_num_batched_tokens`); None
+    where nobody has told. Admission needs it not."""
 
     def __post_init__(self) -> None:
         if self.slots < 1 or self.kv_tokens < 1:

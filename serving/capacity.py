@@ -94,6 +94,7 @@ def measured(table: StepTable, model_id: str, capacity: Capacity) -> NodeCapacit
         active_share=step_time.active_share,
         slots=capacity.slots,
         kv_tokens=capacity.kv_tokens,
+        step_tokens=capacity.step_tokens,
         error=readings.model_error,
         measured_at=datetime.datetime.now(datetime.UTC),
     )
@@ -106,7 +107,13 @@ def told(
     started. Without that a node that has no customers yet would never get any: it is sold by this."""
     found = measured(table, model_id, capacity)
     if found is None and known is not None:
-        return known.model_copy(update={"slots": capacity.slots, "kv_tokens": capacity.kv_tokens})
+        return known.model_copy(
+            update={
+                "slots": capacity.slots,
+                "kv_tokens": capacity.kv_tokens,
+                "step_tokens": capacity.step_tokens,
+            }
+        )
     return found
 
 

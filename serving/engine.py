@@ -58,7 +58,11 @@ class SeatLLM(AsyncLLM):
         """What the running engine can hold at once."""
         cache = self.vllm_config.cache_config
         kv_blocks = cache.num_gpu_blocks or 1
-        return Capacity(slots=self.scheduler_config.max_num_seqs, kv_tokens=kv_blocks * cache.block_size)
+        return Capacity(
+            slots=self.scheduler_config.max_num_seqs,
+            kv_tokens=kv_blocks * cache.block_size,
+            step_tokens=self.scheduler_config.max_num_batched_tokens,
+        )
 
     async def warm_up(self) -> None:
         """Have the engine compile now what it would compile in front of the first client that asks for it.

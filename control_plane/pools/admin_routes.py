@@ -39,15 +39,15 @@ class ShownFeasibility(Shown):
     seats: int
     fits: bool
     fails: list[str]
-    """The bounds that are broken: slots, kv_tokens, step_time."""
+    """The bounds that are broken: slots, kv_tokens, step_time, step_tokens."""
     most_seats: int | None
     """That would fit; null where nothing is guaranteed."""
     slots: int
     step_needed_ms: float
     step_allowed_ms: float | None
-    """The pace less the margin."""
+    """The pace less the margin; less than that where a step cannot take all prompts that come in it."""
     prefill_tokens_per_step: float
-    """Prompt tokens that the seats' limits allow, in the time of one step."""
+    """Prompt tokens that the seats' limits allow, in the time of one step, as far as a step can take them."""
     kv_tokens_needed: int
     kv_tokens: int
 

@@ -38,6 +38,7 @@ def capacity(**changes: Any) -> dict[str, Any]:
         "kv_token_s": 1e-8,
         "slots": 256,
         "kv_tokens": 4_000_000,
+        "step_tokens": 8_192,
     } | changes
 
 

@@ -42,6 +42,7 @@ capacities = st.builds(
     active_share=st.floats(0, 1),
     slots=st.integers(1, 2_000),
     kv_tokens=st.integers(1, 10_000_000),
+    step_tokens=st.none() | st.integers(1, 20_000),
 )
 promises = st.builds(
     Promise,
@@ -145,6 +146,9 @@ def test_prompts_are_counted_by_the_lower_of_the_two_limits(limit: dict[str, Any
         ({}, {"margin": 0.75}, Bound.STEP_TIME),
         # Each sequence touches an eighth of the experts: ten of them nearly all.
         ({"experts_s": 0.03, "active_share": 0.125}, {}, Bound.STEP_TIME),
+        # 10,000 prompt tokens per second in steps of 90: each may take 9 ms less the margin, and takes more.
+        ({"step_tokens": 100}, {"tpm_limit": 60_000}, Bound.STEP_TOKENS),
+        ({"step_tokens": 10}, {}, Bound.STEP_TOKENS),
     ],
 )
 def test_it_says_which_bound_is_broken(changes: dict[str, Any], asked: dict[str, Any], bound: Bound) -> None:
@@ -155,6 +159,23 @@ def test_it_says_which_bound_is_broken(changes: dict[str, Any], asked: dict[str,
     assert judged.most_seats < 10
     assert f"{judged.most_seats} seats would fit" in str(judged)
     assert feasibility(H100, **(terms | {"guarantee_tok_s": 30, "margin": 0.1})).fits
+
+
+def test_a_step_that_takes_fewer_prompt_tokens_has_to_be_shorter() -> None:
+    promise = Promise(guarantee_tok_s=30, tpm_limit=60_000, prefill_tok_s=1_000.0)
+    judged = judge(H100.model_copy(update={"step_tokens": 210}), promise, 10)
+    assert judged.prefill_tokens_per_step == 200
+    assert judged.step_allowed_ms == pytest.approx(0.9 * 1000 * 200 / 10_000)
+    assert judged.fits
+    # With as many tokens as come in the time of the pace, that time is the bound.
+    enough = judge(H100.model_copy(update={"step_tokens": 344}), promise, 10)
+    assert enough.step_allowed_ms == pytest.approx(0.9 * 1000 / 30)
+
+
+def test_a_capacity_may_leave_the_tokens_of_a_step_out() -> None:
+    known = documents.capacity()
+    del known["step_tokens"]
+    assert parse_capacity(json.dumps(known)).step_tokens is None
 
 
 def test_a_capacity_survives_a_round_trip_also_through_parsed_json() -> None:
@@ -172,6 +193,7 @@ def test_a_capacity_survives_a_round_trip_also_through_parsed_json() -> None:
         ({"slots": 0}, "slots"),
         ({"slots": "64"}, "slots"),
         ({"kv_tokens": 0}, "kv_tokens"),
+        ({"step_tokens": 0}, "step_tokens"),
         ({"active_share": 1.1}, "active_share"),
         ({"model_id": ""}, "model_id"),
         ({"measured_at": "2026-01-01T00:00:00"}, "measured_at"),

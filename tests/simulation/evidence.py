@@ -114,8 +114,8 @@ def late_guests(flood: Shape) -> Scenario:
 
 
 def busy_reader() -> Scenario:
-    """A seat that always asks for more than it has seats, long prompts and short answers, so that most of what
-    it is owed is reading, in steps of few tokens; and a flood that would take them all."""
+    """A seat that always asks for more than it has seats, long prompts and short answers, so that most of
+    what it is owed is reading, in steps of few tokens; and a flood that would take them all."""
     shape = Shape(input_tokens=(200, 500), output_tokens=(2, 8), max_tokens=8)
     flood = Shape(output_tokens=(100, 300), max_tokens=300)
     terms = SeatTerms("a", 1, 23.0, 5_400.0, HUGE, HUGE)

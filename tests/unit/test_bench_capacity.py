@@ -116,13 +116,13 @@ def test_no_constant_is_negative_whatever_was_measured() -> None:
 
 
 def test_levels_double_up_to_all_slots_and_fit_into_the_kv_cache() -> None:
-    limits = Limits(slots=48, kv_tokens=40_000, context_tokens=8_192)
+    limits = Limits(slots=48, kv_tokens=40_000, context_tokens=8_192, step_tokens=2_048)
     plan = levels(limits)
     assert [each.streams for each in plan if each.prompt_tokens == 32] == [1, 2, 4, 8, 16, 32, 48]
     long = [each for each in plan if each.prompt_tokens > 32]
     assert [each.prompt_tokens for each in long] == [2_048] * 3
     assert all(each.streams * each.prompt_tokens <= limits.kv_tokens for each in plan)
-    assert levels(Limits(1, 2_000, 500))[0] == Level(1, 32)
+    assert levels(Limits(1, 2_000, 500, None))[0] == Level(1, 32)
 
 
 def test_offers_agree_with_the_check_that_the_control_plane_makes() -> None:
