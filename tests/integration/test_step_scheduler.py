@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import random
 import re
@@ -80,7 +81,13 @@ class Stepper:
     count: int = 0
 
     def add(
-        self, row: int = FREE, *, prompt: int = 8, output: int = 10_000, tokens: list[int] | None = None
+        self,
+        row: int = FREE,
+        *,
+        prompt: int = 8,
+        output: int = 10_000,
+        tokens: list[int] | None = None,
+        due_in: float = math.inf,
     ) -> str:
         from vllm.sampling_params import SamplingParams
         from vllm.utils.hashing import sha256
@@ -90,7 +97,8 @@ class Stepper:
         init_none_hash(sha256)
         self.count += 1
         name = f"r{self.count}"
-        params = SamplingParams(max_tokens=output, ignore_eos=True, extra_args={"boosts_seat": row})
+        extra = {"boosts_seat": row, "boosts_due": self.clock.now + due_in}
+        params = SamplingParams(max_tokens=output, ignore_eos=True, extra_args=extra)
         rng = random.Random(name)
         request = Request(
             name,
@@ -110,8 +118,8 @@ class Stepper:
         self.scheduler.finish_requests([name], RequestStatus.FINISHED_ABORTED)
         self.finished.add(name)
 
-    def sell(self, g: float, row: int = SOLD, quantity: int = 1) -> None:
-        self.table.write_seat(row, SeatRow(g, 1_000.0, float(quantity), 1.0))
+    def sell(self, g: float, row: int = SOLD, quantity: int = 1, *, prefill_tok_s: float = 1_000.0) -> None:
+        self.table.write_seat(row, SeatRow(g, prefill_tok_s, float(quantity), 1.0))
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
@@ -202,7 +210,7 @@ def new_stepper(vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> Cal
 
     from serving.step_scheduler import SeatScheduler
 
-    def new(kv_blocks: int = 1_000) -> Stepper:
+    def new(kv_blocks: int = 1_000, step_tokens: int = 2_048) -> Stepper:
         table, path = StepTable.create(MACHINE, 1e9)
         for row in (SOLD, FREE, OTHER):
             table.write_seat(row, SeatRow(0.0, 1_000.0, 1.0, 1.0))
@@ -210,6 +218,7 @@ def new_stepper(vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> Cal
         clock = Clock()
         monkeypatch.setattr("serving.step_scheduler.time", clock)
         vllm_config.cache_config.num_gpu_blocks = kv_blocks
+        monkeypatch.setattr(vllm_config.scheduler_config, "max_num_batched_tokens", step_tokens)
         spec = FullAttentionSpec(block_size=KV_BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32)
         scheduler = SeatScheduler(
             vllm_config,
@@ -271,6 +280,46 @@ def test_an_owed_arrival_finds_no_slot_among_owed_ones(new_stepper: Callable[...
     stepper.add(OTHER, output=10)
     stepper.finish()
     assert stepper.preempted == []
+
+
+def test_an_owed_prompt_is_read_at_its_rate_where_steps_have_few_tokens(
+    new_stepper: Callable[..., Stepper],
+) -> None:
+    stepper = new_stepper(step_tokens=12)
+    borrowed = [stepper.add() for _ in range(SLOTS - 1)]
+    stepper.run(50)
+    stepper.sell(10.0, prefill_tok_s=4_000.0)
+    since = stepper.clock.now
+    owed = stepper.add(SOLD, prompt=800, output=50)
+    held = []
+    while not stepper.made[owed]:
+        stepper.step()
+        held.append(stepper.table.read().held)
+    # Beside all seven there would be 5 tokens in steps of 2.8 ms.
+    assert stepper.made[owed][0] - since <= 800 / 4_000.0 + 0.02
+    assert max(held) == 5
+    since = stepper.clock.now
+    stepper.run(100)
+    assert stepper.table.read().held == 0
+    assert all(stepper.rate(name, since) > 300.0 for name in borrowed)
+
+
+def test_the_pressing_prompt_of_a_busy_seat_takes_a_slot_of_borrowed_work(
+    new_stepper: Callable[..., Stepper],
+) -> None:
+    stepper = new_stepper()
+    stepper.sell(100.0)
+    stepper.add(SOLD)
+    borrowed = [stepper.add() for _ in range(SLOTS - 1)]
+    stepper.run(50)
+    patient = stepper.add(SOLD, prompt=100, due_in=10.0)
+    stepper.run(10)
+    assert not stepper.made[patient]
+    pressing = stepper.add(SOLD, prompt=100, due_in=0.3)
+    stepper.run(10)
+    assert stepper.made[pressing]
+    assert len(stepper.preempted) == 1
+    assert stepper.preempted[0] in borrowed
 
 
 def test_decodes_behind_a_prompt_get_their_token_in_every_step(new_stepper: Callable[..., Stepper]) -> None:
