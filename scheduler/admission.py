@@ -4,10 +4,8 @@ Theory of operation (docs/scheduling.md derives the bounds):
 
 * A seat whose next request keeps it within its quantity of sequences is *owed*: that request enters at
   once, earliest first-token deadline first, whatever is in the engine: there the step policy
-  (`scheduler.steps`) takes a slot or KV cache from borrowed work for it. So is the next request of a seat
-  that is busy with its quantity, once its prompt is pressing: it is read while the others decode, or the
-  seat would make no tokens meanwhile. All other work is *borrowed*; so is a request wider than the seat's
-  unused seats. It enters while slots and KV cache are free, and
+  (`scheduler.steps`) takes a slot or KV cache from borrowed work for it. All other work is *borrowed*;
+  so is a request wider than the seat's unused seats. It enters while slots and KV cache are free, and
   while the step policy has use for it: what would only be held waits here, where the order is fair. A few
   slots stay free while owed requests keep coming; else a few sequences enter ahead of their slots.
 * Borrowed work is ordered by start-time fair queuing (Goyal, Vin, Cheng, SIGCOMM 1996). A seat's
@@ -62,7 +60,6 @@ class Admission:
         self._queued: OrderedDict[int, Ticket] = OrderedDict()
         self._fair = SeatHeap(lambda seat: seat.tag, lambda seat: seat.backlogged)
         self._owed = SeatHeap(lambda seat: seat.head.deadline, lambda seat: seat.head_owed)
-        self._ahead = SeatHeap(lambda seat: seat.read_from, lambda seat: seat.reads_ahead)
 
     # --- seats -----------------------------------------------------------------------------------
 
@@ -140,17 +137,10 @@ class Admission:
         """The tickets that enter the engine now, in order: owed seats first, then by virtual time."""
         entering: list[Ticket] = []
         while True:
-            seat = self._owed.peek() or self._pressing(now) or self._fair.peek()
-            if seat is None:
+            seat = self._owed.peek() or self._fair.peek()
+            if seat is None or not self._fits(seat.head, now, owed=seat.head_owed):
                 return entering
-            owed = seat.head_owed or self._presses(seat, now)
-            if not self._fits(seat.head, now, owed=owed):
-                return entering
-            entering.append(self._start(seat.head, now, owed=owed))
-
-    def is_pressing(self, now: float) -> bool:
-        """Whether `dispatch` would let a request in because its prompt is pressing."""
-        return self._pressing(now) is not None
+            entering.append(self._start(seat.head, now, owed=seat.head_owed))
 
     def expire(self, now: float) -> list[Ticket]:
         """Evict and return what has been queued for the queue timeout."""
@@ -331,6 +321,7 @@ class Admission:
 
     def _enqueue(self, seat: Seat, ask: Ask, reserved_tokens: int, now: float) -> Ticket:
         self._last_number += 1
+        due = self._due(seat, ask, now)
         ticket = Ticket(
             self._last_number,
             seat,
@@ -338,7 +329,7 @@ class Admission:
             max_tokens=ask.max_tokens,
             count=ask.count,
             submitted_at=now,
-            deadline=self._deadline(seat, ask, now),
+            deadline=due,
             expires_at=now + self.policy.queue_timeout_s,
         )
         seat.requests.take(ask.count, now)
@@ -354,9 +345,9 @@ class Admission:
         self._refresh(seat)
         return ticket
 
-    def _deadline(self, seat: Seat, ask: Ask, now: float) -> float:
-        """When the first token should come. Prompts that come faster than the seats read have to wait for
-        those before them: their tokens were not sold for any earlier."""
+    def _due(self, seat: Seat, ask: Ask, now: float) -> float:
+        """When the first token is due. Prompts that come faster than the seats read have to wait for those
+        before them: their tokens were not sold for any earlier."""
         policy, terms = self.policy, seat.terms
         tokens = ask.input_tokens if policy.prefix_caching else ask.input_tokens * ask.count
         # What was read sooner, or not at all, leaves no debt.
@@ -396,15 +387,6 @@ class Admission:
             if borrowed > 0:
                 slots = min(slots, self.borrowed_limit - borrowed)
         return ticket.count <= slots and kv_in_use + need <= self.capacity.kv_tokens
-
-    def _pressing(self, now: float) -> Seat | None:
-        """The seat whose next prompt is to be read though as many of its sequences are there as it has seats:
-        later would be too late."""
-        seat = self._ahead.peek()
-        return seat if seat is not None and self._presses(seat, now) else None
-
-    def _presses(self, seat: Seat, now: float) -> bool:
-        return seat.reads_ahead and seat.read_from <= now and self._fits(seat.head, now, owed=True)
 
     def _start(self, ticket: Ticket, now: float, *, owed: bool) -> Ticket:
         seat, policy = ticket.seat, self.policy
@@ -507,8 +489,6 @@ class Admission:
             self._fair.push(seat)
             if seat.head_owed:
                 self._owed.push(seat)
-            elif seat.reads_ahead:
-                self._ahead.push(seat)
 
 
 def _longest(refusals: Iterable[Refusal | None]) -> Refusal | None:

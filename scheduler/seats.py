@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from scheduler.buckets import TokenBucket
 from scheduler.ledger import Ledger
-from scheduler.step_rules import READ_AHEAD_S
 from scheduler.terms import Policy, SeatTerms
 from scheduler.tickets import Outcome, Reason, Ticket
 
@@ -62,20 +61,6 @@ class Seat:
     def head_owed(self) -> bool:
         """Whether the next ticket keeps the seat within its quantity."""
         return bool(self.queue) and self.head.count <= self.unused
-
-    @property
-    def read_from(self) -> float:
-        """When the next ticket's prompt is pressing; there must be one."""
-        head = self.head
-        return head.due - head.input_tokens / self.terms.prefill_tok_s - READ_AHEAD_S
-
-    @property
-    def reads_ahead(self) -> bool:
-        """Whether the next ticket, once its prompt is pressing, enters beside as many as the seat has seats:
-        it is read while they decode."""
-        # One is read, and one waits to be: it takes a step or two for one that enters to begin.
-        quantity = self.terms.quantity
-        return self.guaranteed and bool(self.queue) and quantity <= self.in_flight < 3 * quantity
 
     @property
     def guaranteed(self) -> bool:

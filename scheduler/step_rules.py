@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 UNLIMITED = 2**31
-READ_AHEAD_S = 0.5
-"""A prompt that cannot be read later than this before its first token is due is *pressing*: it is read under
-the guarantee though as many sequences as its seat has seats decode."""
 
 
 @dataclass(frozen=True, slots=True)

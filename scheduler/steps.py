@@ -33,7 +33,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 from scheduler.prompts import Prompts
-from scheduler.step_rules import READ_AHEAD_S, UNLIMITED, StepRules
+from scheduler.step_rules import UNLIMITED, StepRules
 from scheduler.step_time import StepTimeFit
 from scheduler.streams import Decodes, StepSeat, Stream
 
@@ -142,8 +142,6 @@ class StepPolicy:
         seat = self.seats[seat_id]
         stream = Stream(stream_id, seat, input_tokens, due)
         self.streams[stream_id] = seat.streams[stream_id] = self.prompts.streams[stream_id] = stream
-        if self._is_pressing(stream, now):
-            seat.pressing[stream_id] = stream
         seat.classify()
         self._review |= self._lone not in (None, seat)
         self._review |= stream.owed and self.prompts.exceed_a_step(input_tokens, self._decodes.count)
@@ -160,7 +158,6 @@ class StepPolicy:
         if self.prompts.streams.pop(stream_id, None) is None:
             self._decodes.end(stream)
         del stream.seat.streams[stream_id]
-        stream.seat.pressing.pop(stream_id, None)
         self._membership_changed(stream)
         if not self.streams:
             self.borrowed_limit = UNLIMITED
@@ -228,7 +225,6 @@ class StepPolicy:
         if stream.decoding:
             # With its last chunk it makes its first token.
             del self.prompts.streams[stream.stream_id]
-            stream.seat.pressing.pop(stream.stream_id, None)
             self._decodes.begin(stream)
             stream.turn = stream.fixed_until = self._decodes.step
             self._membership_changed(stream)
@@ -265,7 +261,6 @@ class StepPolicy:
         for step, seconds in self._took:
             self.fit.observe(step.prefill_tokens, step.decodes, step.kv_tokens, seconds)
         self._took.clear()
-        self._press(now)
         needed = self._account(now)
         self._lone = next((seat for seat in needed if len(seat.streams) == len(self.streams)), None)
         if needed:
@@ -301,25 +296,12 @@ class StepPolicy:
         most = self.prompts.most_decodes(decodes.count, kv_tokens, self.fit.model, now)
         return most if most == UNLIMITED else max(0, most - self._owed_decodes())
 
-    def _press(self, now: float) -> None:
-        """Prompts that are pressing become owed, as many as their seat has seats."""
-        for stream in self.prompts.streams.values():
-            pressing = stream.seat.pressing
-            if stream.stream_id not in pressing and self._is_pressing(stream, now):
-                pressing[stream.stream_id] = stream
-                stream.seat.classify()
-
-    @staticmethod
-    def _is_pressing(stream: Stream, now: float) -> bool:
-        # Whoever lost its place to an owed sequence must not take another's for being late.
-        late = stream.due - stream.prefill_left / stream.seat.prefill_tok_s - READ_AHEAD_S <= now
-        return late and not stream.preemptions
-
     def _account(self, now: float) -> dict[StepSeat, float]:
         """Bring tags and leads up to `now`; the rate that each seat with an owed pace should get."""
         needed: dict[StepSeat, float] = {}
         self._least_lead_s = 0.0
         contended, lowest = self.held > 0, None
+        self._count_overdue(now)
         for seat in self.seats.values():
             owed, borrowed = seat.settle()
             if contended:
@@ -337,6 +319,12 @@ class StepPolicy:
             self._virtual = max(self._virtual, lowest)
         return needed
 
+    def _count_overdue(self, now: float) -> None:
+        for seat in self.seats.values():
+            seat.overdue = 0
+        for stream in self.prompts.streams.values():
+            stream.seat.overdue += stream.due <= now
+
     def _follow_lead(self, seat: StepSeat, decoded: int, now: float) -> None:
         """Bring the seat's lead up to `now`, by the rate that was owed until now."""
         if seat.counted_at is not None:
@@ -345,7 +333,7 @@ class StepPolicy:
             # A token more or less is neither lead nor lag.
             most, least = max(1.0, seat.rate * rules.kept_lead_s), max(1.0, seat.rate * rules.kept_lag_s)
             seat.lead = max(-least, min(most, lead))
-        seat.rate = seat.guarantee_tok_s * seat.owing(now)
+        seat.rate = seat.guarantee_tok_s * seat.owing()
         if seat.rate > 0.0:
             seat.counted_at = now
         else:
@@ -400,6 +388,8 @@ class StepPolicy:
         """Between reviews: a borrowed decode came or went."""
         self._refill = False
         room = min(self._room, self._beside_prompts)
+        if room >= UNLIMITED and not self._held_decodes:
+            return
         taking_part = self._borrowed_count() - self._held_decodes
         if taking_part == room or (taking_part < room and not self._held_decodes):
             return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from itertools import islice
 from typing import Any
 
 
@@ -155,8 +154,7 @@ class StepSeat:
     """One seat in the engine. Only the step policy writes it.
 
     Invariants: `streams` are those of its sequences that are in the engine, oldest first; `owed` are the
-    first of these, as many as the seat has seats, those that decode before those that do not yet; and as
-    many `pressing` prompts beside them, as long as no more prompts are owed than the seat has seats.
+    first of these, as many as the seat has seats, those that decode before those that do not yet.
     """
 
     __slots__ = (
@@ -169,11 +167,11 @@ class StepSeat:
         "held",
         "held_s",
         "lead",
+        "overdue",
         "owed",
         "owed_decoded",
         "owed_in_step",
         "prefill_tok_s",
-        "pressing",
         "quantity",
         "rate",
         "streams",
@@ -190,8 +188,8 @@ class StepSeat:
         self.weight = 1.0
         self.streams: dict[Hashable, Stream] = {}
         self.owed: list[Stream] = []
-        self.pressing: dict[Hashable, Stream] = {}
-        """Its prompts that have to be read now for their first token to come when it is due."""
+        self.overdue = 0
+        """Its prompts in the engine whose first token is overdue, at the last review."""
         self.tag = tag
         """Virtual time: borrowed tokens while others were held, by weight."""
         self.held = 0
@@ -225,8 +223,6 @@ class StepSeat:
                     break
                 if stream.decoding is decoding:
                     owed.append(stream)
-        if self.pressing and most:
-            owed += self._pressing_beside(owed)
         if owed == self.owed:
             return False
         for stream in self.owed:
@@ -235,12 +231,6 @@ class StepSeat:
             self._set_owed(stream, True)
         self.owed = owed
         return True
-
-    def _pressing_beside(self, owed: list[Stream]) -> list[Stream]:
-        """The pressing prompts that are owed beside those that are within the seat's quantity."""
-        more = self.quantity - sum(not stream.decoding for stream in owed)
-        beside = (stream for stream in self.pressing.values() if stream not in owed)
-        return list(islice(beside, max(0, more)))
 
     def _set_owed(self, stream: Stream, owed: bool) -> None:
         if stream.joined is None:
@@ -254,10 +244,9 @@ class StepSeat:
         """How many of its owed sequences decode."""
         return sum(stream.decoding for stream in self.owed)
 
-    def owing(self, now: float) -> int:
+    def owing(self) -> int:
         """For how many sequences it is owed its rate: those past their first token, or past its deadline."""
-        overdue = sum(stream.due <= now for stream in self.pressing.values()) if self.pressing else 0
-        return min(self.quantity, self.paced() + overdue)
+        return min(self.quantity, self.paced() + self.overdue) if self.guarantee_tok_s > 0 else 0
 
     def settle(self) -> tuple[int, int]:
         """Take what was decoded since the last call: owed and borrowed tokens."""

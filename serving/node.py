@@ -299,7 +299,7 @@ class Node:
             ticket = self._running.get(request_id)
             if ticket is not None:
                 self._release(ticket)
-        if finished or started or self._more_is_of_use() or self.admission.is_pressing(now):
+        if finished or started or self._more_is_of_use():
             self.pump()
 
     def _more_is_of_use(self) -> bool:

@@ -52,14 +52,17 @@ class SeatScheduler(AsyncScheduler):
         self._table = StepTable.open(Path(os.environ[ENVIRONMENT]))
         seed, samples = self._table.seed()
         self._step_policy = StepPolicy(
-            StepTimeFit(seed, seed_samples=samples), step_tokens=self.max_num_scheduled_tokens
+            StepTimeFit(seed, seed_samples=samples),
+            # A decode takes that many of them.
+            step_tokens=self.max_num_scheduled_tokens // (1 + self.num_spec_tokens),
         )
         self._trusted = 0.0
         self._most_tokens = self.max_num_scheduled_tokens
         self._until_refresh = 0
         self._preempted = 0
-        self._published = 0
-        """Samples of the fit that was published last."""
+        self._published: tuple[float, ...] = ()
+        self._published_samples = 0
+        """What was published last, and the samples of the fit that was."""
         self._own_s = 0.0
 
     # --- requests come and go ----------------------------------------------------------------------
@@ -135,7 +138,7 @@ class SeatScheduler(AsyncScheduler):
             self._make_way(now)
         if self._free_blocks_left() < len(self.running) + self._blocks(self.max_num_scheduled_tokens):
             self.running.sort(key=lambda request: policy.rank(request.request_id))
-        else:
+        elif policy.prompts.streams:
             self._put_prompts_last()
 
     def _make_way(self, now: float) -> None:
@@ -227,14 +230,13 @@ class SeatScheduler(AsyncScheduler):
 
     def _publish(self) -> None:
         policy = self._step_policy
-        self._table.write(
-            held=policy.held,
-            borrowed_limit=policy.borrowed_limit,
-            allowed_s=policy.allowed_s or 0.0,
-            preempted=self._preempted,
-        )
-        if policy.fit.samples != self._published:
-            self._published = policy.fit.samples
+        held, limit, allowed_s = policy.held, policy.borrowed_limit, policy.allowed_s or 0.0
+        state = (held, limit, allowed_s, self._preempted)
+        if state != self._published:
+            self._published = state
+            self._table.write(held=held, borrowed_limit=limit, allowed_s=allowed_s, preempted=self._preempted)
+        if policy.fit.samples != self._published_samples:
+            self._published_samples = policy.fit.samples
             self._publish_model()
 
     def _publish_model(self) -> None:

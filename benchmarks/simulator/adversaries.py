@@ -93,7 +93,7 @@ def _reading_scenario(rng: random.Random) -> Scenario:
     slots, step_tokens = rng.choice((20, 40)), rng.choice((64, 512, 2_048))
     quantities = [rng.choice((1, 1, 2)) for _ in range(rng.randint(1, 3))]
     sold = sum(quantities)
-    output_tokens = rng.choice(((2, 8), (8, 40)))
+    output_tokens = rng.choice(((8, 16), (8, 40)))
     shape = Shape(input_tokens=(200, 500), output_tokens=output_tokens, max_tokens=output_tokens[1])
     step_s = machine.seconds(0, sold, sold * (shape.input_tokens[1] + shape.max_tokens))
     guarantee = rng.uniform(0.1, 0.7) * (1 - FREE_SHARE) / step_s

@@ -304,24 +304,6 @@ def test_an_owed_prompt_is_read_at_its_rate_where_steps_have_few_tokens(
     assert all(stepper.rate(name, since) > 300.0 for name in borrowed)
 
 
-def test_the_pressing_prompt_of_a_busy_seat_takes_a_slot_of_borrowed_work(
-    new_stepper: Callable[..., Stepper],
-) -> None:
-    stepper = new_stepper()
-    stepper.sell(100.0)
-    stepper.add(SOLD)
-    borrowed = [stepper.add() for _ in range(SLOTS - 1)]
-    stepper.run(50)
-    patient = stepper.add(SOLD, prompt=100, due_in=10.0)
-    stepper.run(10)
-    assert not stepper.made[patient]
-    pressing = stepper.add(SOLD, prompt=100, due_in=0.3)
-    stepper.run(10)
-    assert stepper.made[pressing]
-    assert len(stepper.preempted) == 1
-    assert stepper.preempted[0] in borrowed
-
-
 def test_decodes_behind_a_prompt_get_their_token_in_every_step(new_stepper: Callable[..., Stepper]) -> None:
     """vLLM serves `running` in its order, and a borrowed prompt that was kept back stays in front of owed
     ones that came later: it must not eat the step's tokens."""

@@ -6,7 +6,6 @@ import time
 import pytest
 
 from scheduler import Admission, Ask, Capacity, Outcome, Policy, Reason, Refusal, SeatTerms, State, Ticket
-from scheduler.step_rules import READ_AHEAD_S
 
 HUGE = 1_000_000_000
 
@@ -167,65 +166,6 @@ def test_prompts_that_come_faster_than_the_seats_read_are_due_one_after_the_othe
     assert [ticket.deadline for ticket in tickets] == [11.5, 11.5, 11.75, 12.0]
     [later] = put(admission, "a", ask(input_tokens=100), now=20.0)
     assert later.deadline == 21.5
-
-
-def busy_seat(quantity: int = 1) -> Admission:
-    """A seat that has asked for ten times more at 0 than it has seats, on a node full of borrowed work. Its
-    seats take 0.1 s for each prompt together."""
-    admission = node(terms("a", quantity, guarantee=50), terms("f"))
-    put(admission, "f", *[ask()] * 40)
-    admission.dispatch(0.0)
-    put(admission, "a", *[ask(100 * quantity)] * 10 * quantity)
-    admission.dispatch(0.0)
-    assert admission.read("a", 0.0).in_flight == quantity
-    return admission
-
-
-@pytest.mark.parametrize("quantity", [1, 2])
-def test_the_prompts_of_a_busy_seat_are_read_in_time_while_others_of_its_decode(quantity: int) -> None:
-    admission = busy_seat(quantity)
-    # The first that waits is due at 1 s and the time to read it and those before it.
-    due = (1 + quantity) * 0.1 + 1.0
-    pressing = due - 0.1 * quantity - READ_AHEAD_S
-    assert not admission.is_pressing(pressing - 0.01)
-    assert admission.dispatch(pressing - 0.01) == []
-    assert admission.is_pressing(pressing + 0.01)
-    assert seats_of(admission.dispatch(pressing + 0.01)) == "a"
-    # Three times as many as it has seats at most.
-    assert seats_of(admission.dispatch(50.0)) == "a" * (2 * quantity - 1)
-    assert not admission.is_pressing(50.0)
-
-
-def test_the_next_prompt_is_read_once_the_one_before_has_moved_up() -> None:
-    admission = busy_seat()
-    ahead, _ = admission.dispatch(10.0)
-    assert admission.dispatch(11.0) == []
-    admission.release(ahead, 11.0)
-    assert seats_of(admission.dispatch(11.0)) == "a"
-
-
-def test_a_prompt_for_which_owed_work_leaves_no_room_is_not_read_ahead() -> None:
-    admission = node(*(terms(name, guarantee=50) for name in "ab"), slots=2)
-    for name in "ab":
-        put(admission, name, ask(), ask())
-    assert seats_of(admission.dispatch(0.0)) == "ab"
-    assert not admission.is_pressing(50.0)
-    assert admission.dispatch(50.0) == []
-
-
-def test_what_runs_of_a_closed_seat_has_nothing_read_ahead() -> None:
-    admission = busy_seat()
-    admission.close_seat("a", Reason.OUTSIDE_BLOCK, 0.0)
-    assert not admission.is_pressing(50.0)
-
-
-def test_a_request_of_several_sequences_is_not_read_ahead() -> None:
-    admission = node(terms("a", 2, guarantee=50), terms("f"))
-    put(admission, "f", *[ask()] * 40)
-    admission.dispatch(0.0)
-    put(admission, "a", *[ask(count=2)] * 3)
-    assert seats_of(admission.dispatch(0.0)) == "a"
-    assert admission.dispatch(50.0) == []
 
 
 @pytest.mark.parametrize("end", ["answered", "canceled", "evicted"])

@@ -119,28 +119,6 @@ async def test_slot_is_free_when_the_engine_is_done_however_slow_the_reader() ->
     assert_empty(node)
 
 
-async def test_a_step_lets_in_the_prompt_that_has_become_pressing() -> None:
-    node, clocks = node_with(pledge("a"), pledge("b"), slots=3)
-    others = [Caller(node, Verdict(pledge("b"))) for _ in range(3)]
-    await settle()
-    first, second = Caller(node, Verdict(pledge("a"))), Caller(node, Verdict(pledge("a")))
-    await settle()
-    assert first.ticket_id is not None
-    node.record_step([StepOutput(first.ticket_id, 1, 0)], [])
-    clocks.advance(0.1)
-    node.record_step([StepOutput(first.ticket_id, 1, 0)], [])
-    await settle()
-    assert second.ticket_id is None
-    clocks.advance(1.0)
-    node.record_step([StepOutput(first.ticket_id, 1, 0)], [])
-    await settle()
-    assert second.ticket_id is not None
-    for caller in (*others, first, second):
-        caller.leave.set()
-    await settle()
-    assert_empty(node)
-
-
 @pytest.mark.parametrize("steps_before_cancel", range(6))
 async def test_caller_canceled_at_any_moment_leaves_nothing(steps_before_cancel: int) -> None:
     node, _ = node_with(pledge())

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from contract.step_time import StepTime
-from scheduler.step_rules import READ_AHEAD_S, UNLIMITED, StepRules
+from scheduler.step_rules import UNLIMITED, StepRules
 from scheduler.step_time import StepTimeFit
 from scheduler.steps import Plan, StepPolicy
 from scheduler.streams import StepSeat
@@ -222,10 +222,9 @@ class Engine:
         for seat in policy.seats.values():
             quantity = seat.quantity if seat.guarantee_tok_s > 0 else 0
             oldest = sorted(seat.streams.values(), key=lambda stream: not stream.decoding)[:quantity]
-            pressing = [s for s in seat.pressing.values() if s not in oldest]
-            more = max(0, quantity - sum(not stream.decoding for stream in oldest))
-            assert {s for s in seat.streams.values() if s.owed} == {*oldest, *pressing[:more]}
-            assert not any(stream.decoding for stream in seat.pressing.values())
+            assert [s for s in seat.streams.values() if s.owed] == [
+                s for s in seat.streams.values() if s in oldest
+            ]
             assert math.isfinite(seat.tag)
         for stream in policy.streams.values():
             assert stream.prefill_left >= 0
@@ -864,62 +863,6 @@ def test_those_held_for_a_prompts_sake_take_turns() -> None:
         engine.step()
         held |= engine.held
     assert len(held) > 20
-
-
-def test_the_next_prompt_of_a_busy_seat_is_owed_once_it_is_pressing() -> None:
-    engine = engine_with(100.0, 5)
-    engine.steps(20)
-    due = engine.now + READ_AHEAD_S + 2_000 / 1_000.0 + 0.3
-    stream = engine.policy.enter("next", "sold", 2_000, due, engine.now)
-    stream.ready = False
-    engine.run(0.25)
-    assert not stream.owed
-    engine.run(0.3)
-    assert stream.owed
-    engine.policy.leave("next", engine.now)
-    assert not engine.policy.seats["sold"].pressing
-
-
-def test_a_pressing_prompt_is_owed_at_once_and_no_more_once_it_decodes() -> None:
-    engine = engine_with(100.0, 5)
-    engine.steps(20)
-    engine.policy.enter("next", "sold", 2_000, engine.now, engine.now)
-    engine.jobs["next"] = Job("next", "sold", 2_000, 2_000, 50)
-    assert owed_names(engine.policy) == ["owed", "next"]
-    while not engine.jobs["next"].decoding:
-        engine.step()
-    assert owed_names(engine.policy) == ["owed"]
-
-
-def test_no_more_pressing_prompts_are_owed_than_the_seat_has_seats() -> None:
-    policy = StepPolicy(known())
-    policy.set_seat("s", 10.0, 1_000.0, 2, 2.0)
-    for name in "abcd":
-        policy.enter(name, "s", 5, 0.0, 0.0)
-    assert owed_names(policy) == ["a", "b"]
-    policy.plan(0.0)
-    policy.composed({"a": 5}, 0.0)
-    # One decodes and two are read.
-    assert owed_names(policy) == ["a", "b", "c"]
-
-
-def test_without_a_guarantee_no_prompt_is_pressing_enough_to_be_owed() -> None:
-    policy = StepPolicy(known())
-    policy.set_seat("s", 0.0, 1_000.0, 2, 2.0)
-    policy.enter("a", "s", 5, -10.0, 0.0)
-    assert owed_names(policy) == []
-
-
-def test_a_sequence_that_lost_its_place_is_pressing_no_more() -> None:
-    engine = engine_with(100.0, 5)
-    engine.steps(20)
-    engine.add("next", "sold", prompt=10)
-    engine.steps(5)
-    engine.preempt("next")
-    stream = engine.policy.streams["next"]
-    stream.due = engine.now
-    engine.run(0.5)
-    assert not engine.policy.seats["sold"].pressing
 
 
 def test_an_overdue_prompt_is_read_faster_than_it_is_owed() -> None:

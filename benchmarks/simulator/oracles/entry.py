@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from benchmarks.simulator import trace
 from benchmarks.simulator.oracles.oracle import Oracle
-from benchmarks.simulator.oracles.view import EASY, EPSILON, View
+from benchmarks.simulator.oracles.view import EASY, View
 
 NEEDLESS_S = 0.5
 """Borrowed work may be kept out for this long after the reason for it has gone, also once all work that was
@@ -18,8 +18,7 @@ longer: entry opens between steps."""
 
 
 class EntryGuarantee(Oracle):
-    """A seat whose next request keeps it within its quantity enters at once, whatever is in the engine; also
-    one request beyond it whose prompt must be read now."""
+    """A seat whose next request keeps it within its quantity enters at once, whatever is in the engine."""
 
     name = "entry guarantee"
     sees = (trace.Settled,)
@@ -27,11 +26,7 @@ class EntryGuarantee(Oracle):
     def see(self, event: trace.Event, view: View) -> Iterator[str]:
         if not isinstance(event, trace.Settled):
             return
-        owed = [
-            (seat, head)
-            for seat, head in view.heads()
-            if head.count <= seat.unused or view.pressing(head, event.at - EPSILON)
-        ]
+        owed = [(seat, head) for seat, head in view.heads() if head.count <= seat.unused]
         # An owed prompt for which owed work leaves no room may hold up those behind it.
         if all(view.fits(head, owed=True) for _, head in owed):
             yield from (f"{seat.terms.seat_id} is owed and waits with prompt {p.number}" for seat, p in owed)
@@ -47,7 +42,7 @@ class Room(Oracle):
         if not isinstance(event, trace.Entered) or view.in_flight == 0:
             return
         prompt = view.prompts[event.number].prompt
-        owed = view.enters_as_owed(prompt, event.at)
+        owed = prompt.count <= view.seats[prompt.seat_id].unused
         if not view.fits(prompt, owed=owed, beyond=view.elastic(event.at)):
             kind = "owed" if owed else "borrowed"
             yield f"{kind} prompt {prompt.number} entered without room"
@@ -68,7 +63,7 @@ class WorkConservation(Oracle):
     def see(self, event: trace.Event, view: View) -> Iterator[str]:
         if not isinstance(event, trace.Settled):
             return
-        pace_s = view.pace_s(event.at)
+        pace_s = view.pace_s()
         if pace_s is not None:
             self._owed_at = event.at
         heads = [head for _, head in view.heads()]

@@ -32,16 +32,16 @@ class NeedlessHolds(Oracle):
     def see(self, event: trace.Event, view: View) -> Iterator[str]:
         if not isinstance(event, trace.Composed):
             return
-        self._steps = self._steps + 1 if event.held and self._easy(event.at, view) else 0
+        self._steps = self._steps + 1 if event.held and self._easy(view) else 0
         if self._steps == NEEDLESS_STEPS:
             yield f"{len(event.held)} sequences are held for {NEEDLESS_STEPS} steps, and no pace is in danger"
 
     @staticmethod
-    def _easy(now: float, view: View) -> bool:
+    def _easy(view: View) -> bool:
         """Whether no owed prompt waits for its place, and a step of everything would be fast enough."""
-        if any(not view.streams[key].decoding for key in view.owed_streams(now)):
+        if any(not view.streams[key].decoding for key in view.owed_streams()):
             return False
-        pace_s = view.pace_s(now)
+        pace_s = view.pace_s()
         return pace_s is None or view.full_step_s() < EASY * pace_s
 
 
@@ -67,7 +67,7 @@ class NoStarvation(Oracle):
         self._holds = {key: self._holds.get(key) or _Hold() for key in held}
         if not held:
             return
-        owed = view.owed_streams(event.at)
+        owed = view.owed_streams()
         for key, tokens in event.parts:
             stream = view.streams[key]
             if key in owed or tokens != 1 or not stream.decoding:
@@ -108,7 +108,7 @@ class NoStalls(Oracle):
             return
         self._steps += 1
         pace_s = self._allowed_s(event, view)
-        if pace_s is None or not all(view.streams[key].decoding for key in view.owed_streams(event.at)):
+        if pace_s is None or not all(view.streams[key].decoding for key in view.owed_streams()):
             return
         assert view.step_time is not None
         seconds = view.step_time.seconds(prompt_tokens, 0, 0)

@@ -22,7 +22,6 @@ class Promised:
     input_weight: float = 1.0
     output_weight: float = 2.0
     first_token_grace_s: float = 1.0
-    read_ahead_s: float = 0.5
     queue_timeout_s: float = 60.0
     max_queued_per_seat: int = 256
     initial_output_tokens: float = 256.0
@@ -103,11 +102,6 @@ class SeatView:
     @property
     def unused(self) -> int:
         return max(0, self.quota - self.running)
-
-    @property
-    def reads_ahead(self) -> bool:
-        """Whether it has all that it is owed a pace for, and not yet three times as many."""
-        return self.quota <= self.running < 3 * self.quota
 
     @property
     def owed(self) -> int:
@@ -231,23 +225,8 @@ class View:
             return -min(most, math.ceil(2 * owed / max(owed, ends)))
         return min(most, math.ceil(self.promised.ahead_s * ends))
 
-    def pressing(self, prompt: trace.Prompt, now: float) -> bool:
-        """Whether the prompt, its seat's next, must be read beside as many as the seat has seats."""
-        return self.seats[prompt.seat_id].reads_ahead and self._read_from(prompt) <= now
-
-    def enters_as_owed(self, prompt: trace.Prompt, now: float) -> bool:
-        """Whether a prompt that enters does so under the guarantee."""
-        within = prompt.count <= self.seats[prompt.seat_id].unused
-        return within or (self.pressing(prompt, now + EPSILON) and self.fits(prompt, owed=True))
-
-    def _read_from(self, prompt: trace.Prompt) -> float:
-        """When the prompt must be read at the latest, for a first token that comes well in time."""
-        reading_s = prompt.input_tokens / self.seats[prompt.seat_id].terms.prefill_tok_s
-        return self.prompts[prompt.number].due - reading_s - self.promised.read_ahead_s
-
-    def owed_streams(self, now: float) -> set[int]:
-        """Of each guaranteed seat as many sequences as it has seats: the oldest, those that decode first; and
-        of the prompts that must be read by now, as many as it has seats."""
+    def owed_streams(self) -> set[int]:
+        """Of each guaranteed seat as many sequences as it has seats: the oldest, those that decode first."""
         owed: set[int] = set()
         room = {seat_id: seat.quota for seat_id, seat in self.seats.items()}
         for decoding in (True, False):
@@ -255,19 +234,11 @@ class View:
                 if stream.decoding is decoding and room[stream.seat_id] > 0:
                     room[stream.seat_id] -= 1
                     owed.add(key)
-        prompts = dict.fromkeys(self.seats, 0)
-        for key, stream in self.streams.items():
-            prompt = self.prompts[stream.number].prompt
-            pressing = not stream.decoding and self._read_from(prompt) <= now
-            if pressing and prompts[stream.seat_id] < self.seats[stream.seat_id].quota:
-                prompts[stream.seat_id] += 1
-                owed.add(key)
         return owed
 
-    def pace_s(self, now: float) -> float | None:
+    def pace_s(self) -> float | None:
         """The longest step with which the owed sequences in the engine keep their pace."""
-        owed = [self.seats[self.streams[key].seat_id] for key in self.owed_streams(now)]
-        rates = [seat.terms.guarantee_tok_s for seat in owed]
+        rates = [self.seats[self.streams[key].seat_id].terms.guarantee_tok_s for key in self.owed_streams()]
         return 1 / max(rates) if rates else None
 
     def full_step_s(self, more: Iterable[trace.Prompt] = ()) -> float:
@@ -374,7 +345,7 @@ class View:
         prompt, seat = view.prompt, self.seats[view.prompt.seat_id]
         view.outcomes.append("dispatched")
         view.entered = True
-        view.owed = self.enters_as_owed(prompt, event.at)
+        view.owed = prompt.count <= seat.unused
         expected = self.expected_output(prompt)
         foreseen = round(expected * self.promised.foreseen_share)
         view.upfront = (
