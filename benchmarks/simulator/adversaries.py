@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 
@@ -87,21 +88,24 @@ def _tight_scenario(rng: random.Random) -> Scenario:
 
 
 def _reading_scenario(rng: random.Random) -> Scenario:
-    """Seats that ask more at once than they have seats, long prompts and short answers: most of the time that
-    is sold goes into reading, and while one of their requests is read the others have to decode."""
+    """Seats that ask for more at once than they have seats, long prompts and answers so short that what a
+    seat misses while it reads can just be made up for (docs/scheduling.md, "What is not kept")."""
     machine = rng.choice((CROWDED, CROWDED, LLAMA_70B_8_H100))
     slots, step_tokens = rng.choice((20, 40)), rng.choice((64, 512, 2_048))
     quantities = [rng.choice((1, 1, 2)) for _ in range(rng.randint(1, 3))]
     sold = sum(quantities)
-    output_tokens = rng.choice(((8, 16), (8, 40)))
-    shape = Shape(input_tokens=(200, 500), output_tokens=output_tokens, max_tokens=output_tokens[1])
-    step_s = machine.seconds(0, sold, sold * (shape.input_tokens[1] + shape.max_tokens))
+    longest_prompt, longest_answer = 500, 150
+    step_s = machine.seconds(0, sold, sold * (longest_prompt + longest_answer))
     guarantee = rng.uniform(0.1, 0.7) * (1 - FREE_SHARE) / step_s
     # As many prompt tokens a second as a step's time leaves at that pace, and as its tokens do.
     by_time = ((1 - FREE_SHARE) - guarantee * step_s) / machine.prefill_token_s
     longest = step_tokens - sold
     by_tokens = (1 - FREE_SHARE) * longest / (step_s + machine.prefill_token_s * longest)
     prefill_tok_s = rng.uniform(0.5, 0.95) * min(by_time, by_tokens) / sold
+    # At twice the pace an answer has to take longer than its prompt.
+    shortest = max(8, min(longest_answer, math.ceil(2 * guarantee * longest_prompt / prefill_tok_s)))
+    most = min(longest_answer, shortest + rng.choice((4, 32)))
+    shape = Shape(input_tokens=(200, longest_prompt), output_tokens=(shortest, most), max_tokens=most)
     seats, clients = [], []
     for number, quantity in enumerate(quantities):
         name = f"seat{number}"

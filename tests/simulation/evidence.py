@@ -51,6 +51,16 @@ PAIRS: dict[str, tuple[tuple[SeatPlan, SeatPlan], tuple[Client, Client], int]] =
         (loop("a", 24), loop("b", 24)),
         12,
     ),
+    "weights 1:3 with guarantees, few slots": (
+        (seat("a", 1, 20.0), seat("b", 3, 20.0)),
+        (loop("a", 24), loop("b", 24)),
+        6,
+    ),
+    "several answers to each prompt, with guarantees": (
+        (seat("a", 1, 20.0), seat("b", 1, 20.0)),
+        (loop("a", 16), loop("b", 8, Shape(count=2))),
+        5,
+    ),
     "long prompts": (
         (seat("a"), seat("b")),
         (loop("a", 8), loop("b", 8, Shape(input_tokens=(400, 500)))),
