@@ -218,6 +218,7 @@ def new_stepper(vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> Cal
         clock = Clock()
         monkeypatch.setattr("serving.step_scheduler.time", clock)
         vllm_config.cache_config.num_gpu_blocks = kv_blocks
+        # Set back after the test: the configuration takes seconds to make, so all tests here share one.
         monkeypatch.setattr(vllm_config.scheduler_config, "max_num_batched_tokens", step_tokens)
         spec = FullAttentionSpec(block_size=KV_BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32)
         scheduler = SeatScheduler(
