@@ -91,6 +91,8 @@ class StepPolicy:
         self._beside_prompts = UNLIMITED
         """and for the sake of the owed prompts that are being read."""
         self._decodes = Decodes()
+        self._needed: dict[StepSeat, float] = {}
+        """The rate that each seat with owed decodes should get, by the last review."""
         self._least_lead_s = 0.0
         """Of the seat that is furthest behind, in time of its rate; 0 if nobody is."""
         self._virtual = 0.0
@@ -197,6 +199,7 @@ class StepPolicy:
             self._choose(now)
         elif self._refill:
             self._bring_to_room(now)
+            self._keep_paces()
         prefill_tokens = self._plan_prompts(now) if self.prompts.streams else None
         changed = tuple(stream for stream, held in self._changed.items() if stream.held != held)
         self._changed.clear()
@@ -261,7 +264,7 @@ class StepPolicy:
         for step, seconds in self._took:
             self.fit.observe(step.prefill_tokens, step.decodes, step.kv_tokens, seconds)
         self._took.clear()
-        needed = self._account(now)
+        needed = self._needed = self._account(now)
         self._lone = next((seat for seat in needed if len(seat.streams) == len(self.streams)), None)
         if needed:
             fitting, borrowed = self._fitting(needed)
@@ -402,6 +405,12 @@ class StepPolicy:
             free = [stream for stream in borrowed if not stream.held]
             for stream in nsmallest(taking_part - room, free, key=self._first_to_go):
                 self._set_held(stream, True, now)
+
+    def _keep_paces(self) -> None:
+        """Between reviews: a seat that has fewer decodes in the steps than before needs shorter ones."""
+        if self.allowed_s is not None:
+            for seat, rate in self._needed.items():
+                self.allowed_s = min(self.allowed_s, (seat.decoding - seat.held) / rate)
 
     def _borrowed_count(self) -> int:
         return self._decodes.count - self._owed_decodes()

@@ -97,6 +97,7 @@ class Decodes:
     def begin(self, stream: Stream) -> None:
         """The sequence's prompt is computed."""
         self.count += 1
+        stream.seat.decoding += 1
         self.resting_kv_tokens += stream.known
         self._outside[stream.stream_id] = stream
 
@@ -115,6 +116,7 @@ class Decodes:
         """The sequence is over, or lost its KV cache."""
         self.hold(stream)
         self.count -= 1
+        stream.seat.decoding -= 1
         self.resting_kv_tokens -= stream.known
 
     def advance(
@@ -163,6 +165,7 @@ class StepSeat:
         "counted_at",
         "counted_step",
         "decodes",
+        "decoding",
         "guarantee_tok_s",
         "held",
         "held_s",
@@ -192,8 +195,10 @@ class StepSeat:
         """Its prompts in the engine whose first token is overdue, at the last review."""
         self.tag = tag
         """Virtual time: borrowed tokens while others were held, by weight."""
+        self.decoding = 0
+        """Its sequences that decode,"""
         self.held = 0
-        """Its decodes that are held."""
+        """and those of them that are held."""
         self.rate = 0.0
         """What it was owed when its lead was counted last, tokens per second."""
         self.lead = 0.0

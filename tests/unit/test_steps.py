@@ -426,6 +426,24 @@ def test_own_further_streams_relax_the_pace_but_not_the_neighbours() -> None:
     assert engine.rate([f"wide{n}" for n in range(40)], 1.0) >= 300.0
 
 
+def test_steps_shorten_at_once_when_own_further_streams_end() -> None:
+    """While they run, steps may be longer; when they are gone, nobody waits for the next review."""
+    engine = Engine(StepPolicy(known()))
+    engine.seat("wide", 300.0)
+    engine.seat("free")
+    for number in range(12):
+        engine.add(f"wide{number}", "wide")
+    for number in range(12):
+        engine.add(f"free{number}", "free")
+    engine.run(0.5)
+    assert engine.policy.allowed_s is not None
+    assert engine.policy.allowed_s > 3 / 300.0
+    for number in range(1, 12):
+        engine.abort(f"wide{number}")
+    engine.step()
+    assert engine.policy.allowed_s <= 1.2 / 300.0
+
+
 def test_an_infeasible_guarantee_holds_all_that_is_borrowed() -> None:
     engine = engine_with(1_000.0, 5)
     engine.steps(50)
