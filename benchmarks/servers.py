@@ -82,7 +82,7 @@ class Launch:
 def plain_vllm(engine: Engine) -> Launch:
     """vLLM's own API server, as it comes."""
     port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command = [sys.executable, "-m", "benchmarks.plain_vllm"]
     command += [f"--model={engine.model}", f"--served-model-name={SERVED_NAME}"]
     command += [f"--host={_HOST}", f"--port={port}", *engine.flags()]
     url = f"http://{_HOST}:{port}"

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from serving.family import die_with_parent, keep_children_close
+from serving.tiles import allow_tiles
 
 _EXAMPLES = """\
 examples:
@@ -97,8 +98,10 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     keep_children_close()
+    allow_tiles()
     sys.exit(main())
 elif __name__ == "__mp_main__":
     # A spawned child of ours imports this module under this name; a forked one has run the hook.
     keep_children_close()
     die_with_parent()
+    allow_tiles()
