@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -68,23 +69,18 @@ class NoStarvation(Oracle):
         if not held:
             return
         owed = view.owed_streams()
+        sequences = Counter(stream.seat_id for stream in view.streams.values())
+        share = {seat_id: view.seats[seat_id].terms.quantity / n for seat_id, n in sequences.items()}
         for key, tokens in event.parts:
             stream = view.streams[key]
             if key in owed or tokens != 1 or not stream.decoding:
                 continue
             for other, hold in self._holds.items():
                 before = hold.passed_by.get(key, 0.0)
-                passed = hold.passed_by[key] = before + min(
-                    1.0, self._share(other, view) / self._share(key, view)
-                )
+                more = min(1.0, share[view.streams[other].seat_id] / share[stream.seat_id])
+                passed = hold.passed_by[key] = before + more
                 if before < PASSED_BY_TOKENS <= passed:
                     yield f"sequence {other} is held while {key} decoded {passed:.0f} tokens by share"
-
-    @staticmethod
-    def _share(key: int, view: View) -> float:
-        seat_id = view.streams[key].seat_id
-        sequences = sum(stream.seat_id == seat_id for stream in view.streams.values())
-        return view.seats[seat_id].terms.quantity / sequences
 
 
 class NoStalls(Oracle):

@@ -228,10 +228,11 @@ class View:
     def owed_streams(self) -> set[int]:
         """Of each guaranteed seat as many sequences as it has seats: the oldest, those that decode first."""
         owed: set[int] = set()
-        room = {seat_id: seat.quota for seat_id, seat in self.seats.items()}
+        room = {seat_id: seat.quota for seat_id, seat in self.seats.items() if seat.quota}
+        guaranteed = [(key, stream) for key, stream in self.streams.items() if stream.seat_id in room]
         for decoding in (True, False):
-            for key, stream in self.streams.items():
-                if stream.decoding is decoding and room[stream.seat_id] > 0:
+            for key, stream in guaranteed:
+                if room[stream.seat_id] > 0 and stream.decoding is decoding:
                     room[stream.seat_id] -= 1
                     owed.add(key)
         return owed
