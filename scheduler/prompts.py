@@ -22,6 +22,8 @@ class Prompts:
     def __init__(self, rules: StepRules, step_tokens: int) -> None:
         """`step_tokens`: the most that the engine computes in one step, prompts and decodes together."""
         self.streams: dict[Hashable, Stream] = {}
+        self._begun: dict[Hashable, Stream] = {}
+        """Those of them that run."""
         self._rules = rules
         self._step_tokens = step_tokens
         self._tokens = 0.0
@@ -29,12 +31,30 @@ class Prompts:
         self._made_way = False
         """Prompts were kept back in the last step for an owed one that waited."""
 
+    def add(self, stream: Stream) -> None:
+        """The sequence waits to be read."""
+        self.streams[stream.stream_id] = stream
+
+    def begin(self, stream: Stream) -> None:
+        """It has taken part in a step."""
+        stream.running = True
+        self._begun[stream.stream_id] = stream
+
+    def drop(self, stream: Stream) -> None:
+        """It is read, or over."""
+        del self.streams[stream.stream_id]
+        self._begun.pop(stream.stream_id, None)
+
     def in_order(self) -> list[Hashable]:
         """Those that have begun, in the order in which they should be given what decodes leave of a step's
         tokens: owed ones first, earliest deadline first."""
-        running = [stream for stream in self.streams.values() if stream.running]
+        running = list(self._begun.values())
         running.sort(key=lambda stream: (not stream.owed, stream.due if stream.owed else 0.0))
         return [stream.stream_id for stream in running]
+
+    def owed_waiting(self) -> list[Stream]:
+        """The owed ones that have not begun."""
+        return [stream for stream in self.streams.values() if stream.owed and not stream.running]
 
     def owed(self) -> list[Stream]:
         """The owed ones that the engine can work at."""
@@ -43,7 +63,8 @@ class Prompts:
         ]
 
     def keep_back(self, owed: list[Stream], *, tight: bool) -> Iterator[tuple[Stream, bool]]:
-        """Of each prompt, whether it stands in the way of an owed one; all borrowed ones do if it is `tight`.
+        """Of each that has begun, whether it stands in the way of an owed one; all borrowed ones do if it is
+        `tight`.
 
         An engine serves running prompts before waiting ones. They make way for one step at most, or short
         owed prompts in a row would starve them.
@@ -51,9 +72,9 @@ class Prompts:
         waiting = [stream.due for stream in owed if not stream.running]
         urgent = min(waiting) if waiting and not self._made_way else None
         self._made_way = urgent is not None
-        for stream in self.streams.values():
+        for stream in self._begun.values():
             in_the_way = urgent is not None and not (stream.owed and stream.due <= urgent)
-            yield stream, stream.running and (in_the_way or (tight and not stream.owed))
+            yield stream, in_the_way or (tight and not stream.owed)
 
     def count(self, tokens: int) -> None:
         """A step was composed with so many prompt tokens."""

@@ -17,9 +17,9 @@ class StepRules:
     """and by so much at least: a second in which a slow stream gets one token less is a second missed."""
     review_steps: int = 16
     review_s: float = 0.2
-    easy_review_s: float = 0.3
+    easy_review_s: float = 1.0
     """Steps and time after which the batch is chosen anew, if nothing calls for it earlier; the longer time
-    while half as many again as there are would fit, by the lead that there is."""
+    while half as many again as there are would fit, and no step takes longer than the pace allows."""
     turn_steps: int = 32
     """Steps for which a sequence takes part, or is held, before it may change places with another; in tokens
     over weight, what a seat must lag behind another to get a place of it."""

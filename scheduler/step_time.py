@@ -31,6 +31,8 @@ _TYPICAL = (1.0, 256.0, 16.0, 8_192.0, 0.5)
 _SOLVE_EVERY = 16
 _MEMORY = 2_000
 """Steps after which a sample has lost two thirds of its weight."""
+_FADING = [(1.0 - 1.0 / _MEMORY) ** age for age in reversed(range(_SOLVE_EVERY))]
+"""What is left of the weight of the last samples, oldest first."""
 _SPEED_GAIN = 0.05
 _ERROR_GAIN = 0.02
 _HUBER = 3.0
@@ -63,6 +65,8 @@ class StepTimeFit:
         price of theirs must not pass for an outlier."""
         self._rows = [[0.0] * _TERMS for _ in range(_TERMS)]
         self._sums = [0.0] * _TERMS
+        self._fresh: list[tuple[float, ...]] = []
+        """Samples that the sums do not hold yet: terms, seconds, weight."""
         self._prior = [0.0] * _TERMS
         self._prior_sums = [0.0] * _TERMS
         self._anchored = False
@@ -74,6 +78,7 @@ class StepTimeFit:
         self._raw, self.speed = self.model, 1.0
         self._rows = [[0.0] * _TERMS for _ in range(_TERMS)]
         self._sums = [0.0] * _TERMS
+        self._fresh.clear()
         self._believe(samples)
         self._anchored = True
 
@@ -100,19 +105,24 @@ class StepTimeFit:
         self.error += _ERROR_GAIN * (min(1.0, abs(residual)) - self.error)
         self.speed *= 1.0 + _SPEED_GAIN * clipped
         # The clipped time, not the measured one: an outlier pulls by its sign, not by its size.
-        self._add(row, fitted, fitted * (1.0 + clipped) * (1.0 if self._anchored else self.speed))
+        seen_s = fitted * (1.0 + clipped) * (1.0 if self._anchored else self.speed)
+        self._fresh.append((*row, seen_s, 1.0 / (fitted * fitted)))
         self.samples += 1
-        if self.samples % _SOLVE_EVERY == 0:
+        if len(self._fresh) == _SOLVE_EVERY:
+            self._take_in()
             self._solve()
 
-    def _add(self, row: Row, fitted: float, seconds: float) -> None:
-        kept = 1.0 - 1.0 / _MEMORY
-        weight = 1.0 / (fitted * fitted)
-        for i, x in enumerate(row):
-            line, wx = self._rows[i], weight * x
+    def _take_in(self) -> None:
+        """Let the sums fade, and add the samples since the last time."""
+        *columns, seconds, weights = zip(*self._fresh, strict=True)
+        kept = _FADING[0] * (1.0 - 1.0 / _MEMORY)
+        weights = tuple(map(mul, weights, _FADING))
+        for i, column in enumerate(columns):
+            weighted, line = tuple(map(mul, column, weights)), self._rows[i]
             for j in range(i, _TERMS):
-                line[j] = line[j] * kept + wx * row[j]
-            self._sums[i] = self._sums[i] * kept + wx * seconds
+                line[j] = line[j] * kept + sum(map(mul, weighted, columns[j]))
+            self._sums[i] = self._sums[i] * kept + sum(map(mul, weighted, seconds))
+        self._fresh.clear()
 
     def _solve(self) -> None:
         free = [i for i in range(_TERMS) if self._prior[i] > 0.0]

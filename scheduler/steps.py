@@ -25,10 +25,12 @@ Nothing here reads a clock or knows vLLM; times are seconds of one monotonic clo
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import bisect_left
+from collections import Counter, deque
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from heapq import heapify, heapreplace, nsmallest
+from heapq import heapify, heapreplace
+from itertools import accumulate, islice
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -90,6 +92,9 @@ class StepPolicy:
         """Borrowed decodes that may take part for the pace's sake,"""
         self._beside_prompts = UNLIMITED
         """and for the sake of the owed prompts that are being read."""
+        self._places: dict[Stream, None] = {}
+        """The borrowed decodes in the order of the last review if any were to be held then, and behind them
+        those that came since."""
         self._decodes = Decodes()
         self._needed: dict[StepSeat, float] = {}
         """The rate that each seat with owed decodes should get, by the last review."""
@@ -108,6 +113,8 @@ class StepPolicy:
         self._opening_from, self._opening_since = UNLIMITED, 0.0
         """The last `borrowed_limit` that was all there was use for, and when: from there entry opens."""
         self._review_at = float("-inf")
+        self._surprise_s = float("inf")
+        """A step that takes longer calls for a review."""
         self._lone: StepSeat | None = None
         """The seat that has the engine for itself."""
 
@@ -143,8 +150,11 @@ class StepPolicy:
         """A sequence has come to the engine, to wait for its first step; its first token is `due` then."""
         seat = self.seats[seat_id]
         stream = Stream(stream_id, seat, input_tokens, due)
-        self.streams[stream_id] = seat.streams[stream_id] = self.prompts.streams[stream_id] = stream
-        seat.classify()
+        self.streams[stream_id] = seat.streams[stream_id] = stream
+        self.prompts.add(stream)
+        # The youngest: whom it could displace there is not.
+        if len(seat.owed) < seat.most_owed:
+            seat.classify()
         self._review |= self._lone not in (None, seat)
         self._review |= stream.owed and self.prompts.exceed_a_step(input_tokens, self._decodes.count)
         return stream
@@ -157,10 +167,12 @@ class StepPolicy:
             stream.seat.count(stream, -min(len(self._steps), self._decodes.step - stream.joined))
         self._set_held(stream, False, now)
         self._changed.pop(stream, None)
-        if self.prompts.streams.pop(stream_id, None) is None:
-            self._decodes.end(stream)
         del stream.seat.streams[stream_id]
-        self._membership_changed(stream)
+        self._gave_way(stream)
+        if stream.decoding:
+            self._decodes.end(stream)
+        else:
+            self.prompts.drop(stream)
         if not self.streams:
             self.borrowed_limit = UNLIMITED
 
@@ -172,12 +184,14 @@ class StepPolicy:
         self._changed.pop(stream, None)
         if stream.decoding:
             self._decodes.end(stream)
+        else:
+            self.prompts.drop(stream)
         stream.running = False
         stream.preemptions += 1
         stream.known = 0
         stream.prefill_left = recompute_tokens
-        self.prompts.streams[stream_id] = stream
-        self._membership_changed(stream)
+        self.prompts.add(stream)
+        self._gave_way(stream)
 
     def cached(self, stream_id: Hashable, tokens: int) -> None:
         """The prefix cache has `tokens` of what the sequence had to prefill."""
@@ -186,10 +200,13 @@ class StepPolicy:
         stream.prefill_left = max(1, stream.prefill_left - tokens)
         stream.known += tokens
 
-    def _membership_changed(self, stream: Stream) -> None:
-        """The stream began or ceased to decode."""
-        self._review |= stream.seat.classify() or stream.owed
+    def _gave_way(self, stream: Stream) -> None:
+        """The stream ceased to run."""
+        self._places.pop(stream, None)
         self._refill = True
+        if stream.owed:
+            stream.seat.classify()
+            self._review = True
 
     # --- each step ---------------------------------------------------------------------------------
 
@@ -222,23 +239,27 @@ class StepPolicy:
         self._until_review -= 1
 
     def _prefilled(self, stream: Stream, tokens: int) -> None:
-        stream.running = True
+        if not stream.running:
+            self.prompts.begin(stream)
         stream.prefill_left = max(0, stream.prefill_left - tokens)
         stream.known += tokens
         if stream.decoding:
             # With its last chunk it makes its first token.
-            del self.prompts.streams[stream.stream_id]
+            self.prompts.drop(stream)
             self._decodes.begin(stream)
             stream.turn = stream.fixed_until = self._decodes.step
-            self._membership_changed(stream)
+            self._places[stream] = None
+            self._refill = True
+            self._review |= stream.seat.classify() or stream.owed
             stream.seat.count(stream, 1)
 
     def completed(self, now: float) -> None:
         """The oldest composed step is done."""
         step = self._steps.popleft()
-        began = max(self._last_end, step.at)
+        seconds = now - max(self._last_end, step.at)
         self._last_end = now
-        self._took.append((step, now - began))
+        self._took.append((step, seconds))
+        self._review |= seconds > self._surprise_s
 
     # --- victims -----------------------------------------------------------------------------------
 
@@ -261,6 +282,7 @@ class StepPolicy:
     def _choose(self, now: float) -> None:
         self._review = self._refill = False
         self._until_review, self._review_at = self.rules.review_steps, now + self.rules.review_s
+        self._surprise_s = float("inf")
         for step, seconds in self._took:
             self.fit.observe(step.prefill_tokens, step.decodes, step.kv_tokens, seconds)
         self._took.clear()
@@ -277,27 +299,32 @@ class StepPolicy:
         self._hold_beyond(min(self._room, self._beside_prompts), borrowed, now)
         if not self.held and fitting > self._borrowed_count() + self._decodes.count // 2:
             self._review_at = now + self.rules.easy_review_s
+            self._surprise_s = self.allowed_s or self._surprise_s
         self._limit_borrowed(self._room + max(1, int(self._room * self.rules.spare_share)), now)
 
     def _hold_beyond(self, room: int, borrowed: list[Stream], now: float) -> None:
         """Let `room` borrowed decodes take part; they are in `borrowed`, if they were put in order before."""
+        self._places.clear()
         if not self.held and self._borrowed_count() <= room:
             return
         if not borrowed:
             borrowed = self._borrowed_decodes()
             if len(borrowed) > room:
                 self._put_in_order(borrowed)
+        self._places.update(dict.fromkeys(borrowed))
         for place, stream in enumerate(borrowed):
-            self._set_held(stream, place >= room, now)
+            if place >= room or stream.held:
+                self._set_held(stream, place >= room, now)
         for seat in self.seats.values():
             for stream in seat.owed:
-                self._set_held(stream, False, now)
+                if stream.held:
+                    self._set_held(stream, False, now)
 
     def _room_beside_prompts(self, now: float) -> int:
         decodes = self._decodes
         kv_tokens = decodes.kv_tokens + decodes.resting_kv_tokens
         most = self.prompts.most_decodes(decodes.count, kv_tokens, self.fit.model, now)
-        return most if most == UNLIMITED else max(0, most - self._owed_decodes())
+        return most if most == UNLIMITED else max(0, most - decodes.owed)
 
     def _account(self, now: float) -> dict[StepSeat, float]:
         """Bring tags and leads up to `now`; the rate that each seat with an owed pace should get."""
@@ -371,15 +398,24 @@ class StepPolicy:
             return everything.count - decodes + self._more(everything.count, all_kv_tokens, room_s), []
         borrowed = self._borrowed_decodes()
         self._put_in_order(borrowed)
-        for place, stream in enumerate(borrowed):
-            # The seat's own further sequences bring it tokens too, so each may be slower.
-            tightest.count_in(stream.seat)
-            decodes, kv_tokens = decodes + 1, kv_tokens + stream.computed
-            if model.seconds(0, decodes, kv_tokens) + prompts > tightest.allowed_s:
-                return place, borrowed
+        kv_with = list(accumulate((stream.computed for stream in borrowed), initial=kv_tokens))
+
+        def exceeds(count: int) -> bool:
+            return model.seconds(0, decodes + count, kv_with[count]) + prompts > tightest.allowed_s
+
+        # As many as fit anyway are counted in at once.
+        fit = bisect_left(range(1, len(borrowed) + 1), True, key=exceeds)
+        for seat, count in Counter(stream.seat for stream in borrowed[:fit]).items():
+            tightest.count_in(seat, count)
+        for place in range(fit, len(borrowed)):
             self.allowed_s = tightest.allowed_s
-        room_s = self.allowed_s - prompts - model.seconds(0, decodes, kv_tokens)
-        return len(borrowed) + self._more(decodes, kv_tokens, room_s), borrowed
+            # The seat's own further sequences bring it tokens too, so each may be slower.
+            tightest.count_in(borrowed[place].seat)
+            if exceeds(place + 1):
+                return place, borrowed
+        self.allowed_s = tightest.allowed_s
+        room_s = self.allowed_s - prompts - model.seconds(0, decodes + len(borrowed), kv_with[-1])
+        return len(borrowed) + self._more(decodes + len(borrowed), kv_with[-1], room_s), borrowed
 
     def _more(self, decodes: int, kv_tokens: int, room_s: float) -> int:
         """How many further decodes like these `room_s` has room for."""
@@ -390,20 +426,12 @@ class StepPolicy:
     def _bring_to_room(self, now: float) -> None:
         """Between reviews: a borrowed decode came or went."""
         self._refill = False
-        room = min(self._room, self._beside_prompts)
-        if room >= UNLIMITED and not self._held_decodes:
-            return
-        taking_part = self._borrowed_count() - self._held_decodes
-        if taking_part == room or (taking_part < room and not self._held_decodes):
-            return
-        borrowed = self._borrowed_decodes()
-        if taking_part < room:
-            held = [stream for stream in borrowed if stream.held]
-            for stream in nsmallest(room - taking_part, held, key=_longest_held):
+        free = min(self._room, self._beside_prompts) + self._held_decodes - self._borrowed_count()
+        if free > 0 and self._held_decodes:
+            for stream in islice((each for each in self._places if each.held), free):
                 self._set_held(stream, False, now)
-        elif taking_part > room:
-            free = [stream for stream in borrowed if not stream.held]
-            for stream in nsmallest(taking_part - room, free, key=self._first_to_go):
+        elif free < 0:
+            for stream in islice((each for each in reversed(self._places) if not each.held), -free):
                 self._set_held(stream, True, now)
 
     def _keep_paces(self) -> None:
@@ -413,10 +441,7 @@ class StepPolicy:
                 self.allowed_s = min(self.allowed_s, (seat.decoding - seat.held) / rate)
 
     def _borrowed_count(self) -> int:
-        return self._decodes.count - self._owed_decodes()
-
-    def _owed_decodes(self) -> int:
-        return sum(stream.decoding for seat in self.seats.values() for stream in seat.owed)
+        return self._decodes.count - self._decodes.owed
 
     def _borrowed_decodes(self) -> list[Stream]:
         return [stream for stream in self.streams.values() if not (stream.prefill_left or stream.owed)]
@@ -450,10 +475,6 @@ class StepPolicy:
                 (waited if stream.held else had_one).append(stream)
         return in_turn + waited + had_one[::-1] + just_held
 
-    def _first_to_go(self, stream: Stream) -> tuple[bool, float, int]:
-        """Whose turn is over, of the seat that is furthest ahead, and has run longest."""
-        return (self._decodes.step < stream.fixed_until, -stream.seat.tag, stream.turn)
-
     def _limit_borrowed(self, useful: int, now: float) -> None:
         """Let in no more than are of use; more at once only bit by bit."""
         if self.borrowed_limit < UNLIMITED:
@@ -472,7 +493,8 @@ class StepPolicy:
         """Keep prompts back where an owed one needs their place; the most prompt tokens of the step."""
         owed = self.prompts.owed()
         for stream, back in self.prompts.keep_back(owed, tight=bool(owed) and self.allowed_s is not None):
-            self._set_held(stream, back, now)
+            if back or stream.held:
+                self._set_held(stream, back, now)
         return self._prefill_tokens(owed, now)
 
     def _prefill_tokens(self, owed: list[Stream], now: float) -> int | None:
@@ -531,17 +553,13 @@ class _Tightest:
     def allowed_s(self) -> float:
         return self._seats[0][0]
 
-    def count_in(self, seat: StepSeat) -> None:
-        """One more of the seat's sequences takes part."""
+    def count_in(self, seat: StepSeat, more: int = 1) -> None:
+        """So many more of the seat's sequences take part."""
         if seat not in self._needed:
             return
-        seat.visible += 1
+        seat.visible += more
         while (now_s := self._allowed_by(self._seats[0][2])) > self._seats[0][0]:
             heapreplace(self._seats, (now_s, *self._seats[0][1:]))
 
     def _allowed_by(self, seat: StepSeat) -> float:
         return seat.visible / self._needed[seat]
-
-
-def _longest_held(stream: Stream) -> tuple[float, int]:
-    return (stream.seat.tag, stream.turn)

@@ -69,14 +69,15 @@ class Decodes:
     Whoever takes part in a step makes one token and grows by one, and from step to step few come or go. So
     only those are looked at, and sums follow by difference: what a step costs hardly grows with the batch.
 
-    Invariants: `count` sequences decode, `kv_tokens` are those of the ones in the batch, and
-    `resting_kv_tokens` those of the others; whoever decodes is in the batch, held or outside.
+    Invariants: `count` sequences decode, `owed` of them are owed; `kv_tokens` are those of the ones in the
+    batch, and `resting_kv_tokens` those of the others; whoever decodes is in the batch, held or outside.
     """
 
     def __init__(self) -> None:
         self.step = 0
         """Steps so far."""
         self.count = 0
+        self.owed = 0
         self.kv_tokens = 0
         self.resting_kv_tokens = 0
         self._batch: dict[Hashable, Stream] = {}
@@ -97,6 +98,7 @@ class Decodes:
     def begin(self, stream: Stream) -> None:
         """The sequence's prompt is computed."""
         self.count += 1
+        self.owed += stream.owed
         stream.seat.decoding += 1
         self.resting_kv_tokens += stream.known
         self._outside[stream.stream_id] = stream
@@ -116,6 +118,7 @@ class Decodes:
         """The sequence is over, or lost its KV cache."""
         self.hold(stream)
         self.count -= 1
+        self.owed -= stream.owed
         stream.seat.decoding -= 1
         self.resting_kv_tokens -= stream.known
 
@@ -217,9 +220,14 @@ class StepSeat:
         self.visible = 0
         """Its decodes in the batch that is being chosen."""
 
+    @property
+    def most_owed(self) -> int:
+        """So many of its streams may be owed."""
+        return self.quantity if self.guarantee_tok_s > 0 else 0
+
     def classify(self) -> bool:
         """Say anew which streams are owed; whether that has changed."""
-        most = self.quantity if self.guarantee_tok_s > 0 else 0
+        most = self.most_owed
         owed: list[Stream] = []
         # A prompt that is still to be computed, or whose grammar is, must not stand for one that decodes.
         for decoding in (True, False):
@@ -238,6 +246,7 @@ class StepSeat:
         return True
 
     def _set_owed(self, stream: Stream, owed: bool) -> None:
+        self.decodes.owed += stream.decoding * (owed - stream.owed)
         if stream.joined is None:
             stream.owed = owed
         else:
@@ -251,7 +260,7 @@ class StepSeat:
 
     def owing(self) -> int:
         """For how many sequences it is owed its rate: those past their first token, or past its deadline."""
-        return min(self.quantity, self.paced() + self.overdue) if self.guarantee_tok_s > 0 else 0
+        return min(self.most_owed, self.paced() + self.overdue)
 
     def settle(self) -> tuple[int, int]:
         """Take what was decoded since the last call: owed and borrowed tokens."""

@@ -26,7 +26,8 @@ from vllm.v1.request import Request, RequestStatus
 
 from scheduler.step_time import StepTimeFit
 from scheduler.steps import StepPolicy
-from serving.step_table import ENVIRONMENT, NOBODY, TRUSTED_SAMPLES, StepTable
+from scheduler.streams import Stream
+from serving.step_table import ENVIRONMENT, NOBODY, TRUSTED_SAMPLES, SeatRow, StepTable
 
 VLLM_VERSIONS = "0.32."
 SEAT = "boosts_seat"
@@ -36,7 +37,8 @@ monotonic clock that the API process and EngineCore share."""
 
 _NEVER = 2**62
 _REFRESH_STEPS = 16
-"""Steps after which the seats' terms are read again: how late a block's end reaches running requests."""
+"""Steps after which counters are published and the seats' terms are read again: how late a block's end
+reaches running requests."""
 _READY = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 
 
@@ -56,6 +58,8 @@ class SeatScheduler(AsyncScheduler):
             # A decode takes that many of them.
             step_tokens=self.max_num_scheduled_tokens // (1 + self.num_spec_tokens),
         )
+        self._rows: dict[int, SeatRow] = {}
+        """What the policy was told of the seats that it knows."""
         self._trusted = 0.0
         self._most_tokens = self.max_num_scheduled_tokens
         self._until_refresh = 0
@@ -64,6 +68,9 @@ class SeatScheduler(AsyncScheduler):
         self._published_samples = 0
         """What was published last, and the samples of the fit that was."""
         self._own_s = 0.0
+        """Our own time so far in the step that is being made, and"""
+        self._own_times: list[float] = []
+        """in those before that are not published yet."""
 
     # --- requests come and go ----------------------------------------------------------------------
 
@@ -104,7 +111,7 @@ class SeatScheduler(AsyncScheduler):
         self._tell_cached(output)
         self._step_policy.composed(output.num_scheduled_tokens, time.monotonic())
         self._publish()
-        self._table.count_own_time(self._own_s + own_s + time.perf_counter() - began)
+        self._own_times.append(self._own_s + own_s + time.perf_counter() - began)
         self._own_s = 0.0
         return output
 
@@ -126,28 +133,26 @@ class SeatScheduler(AsyncScheduler):
         if self._until_refresh <= 0:
             self._until_refresh = _REFRESH_STEPS
             self._refresh_seats()
-        for request in self.waiting:
-            policy.streams[request.request_id].ready = request.status in _READY
+        owed = policy.prompts.owed_waiting()
+        for stream in owed:
+            stream.ready = self.requests[str(stream.stream_id)].status in _READY
         plan = policy.plan(now)
         for stream in plan.changed:
             self.requests[str(stream.stream_id)].next_decode_eligible_step = _NEVER if stream.held else 0
         if plan.prefill_tokens is not None:
             decodes = (len(self.running) - policy.held) * (1 + self.num_spec_tokens)
             self.max_num_scheduled_tokens = min(self._most_tokens, max(1, decodes + plan.prefill_tokens))
-        if self.waiting:
-            self._make_way(now)
+        if owed:
+            self._make_way(owed, now)
         if self._free_blocks_left() < len(self.running) + self._blocks(self.max_num_scheduled_tokens):
             self.running.sort(key=lambda request: policy.rank(request.request_id))
         elif policy.prompts.streams:
             self._put_prompts_last()
 
-    def _make_way(self, now: float) -> None:
+    def _make_way(self, streams: list[Stream], now: float) -> None:
         """Put owed requests first, and give them the slots and KV cache of borrowed ones if they need it."""
-        streams = self._step_policy.streams
-        owed = [each for each in self.waiting if streams[each.request_id].owed]
-        if not owed:
-            return
-        owed.sort(key=lambda each: streams[each.request_id].due)
+        streams.sort(key=lambda stream: stream.due)
+        owed = [self.requests[str(stream.stream_id)] for stream in streams]
         ready = [each for each in owed if each.status in _READY]
         slots = len(ready) - (self.max_num_active_reqs - len(self.running))
         while slots > 0 or self._short_of_blocks(ready):
@@ -190,21 +195,21 @@ class SeatScheduler(AsyncScheduler):
 
     def _tell_cached(self, output: SchedulerOutput) -> None:
         """Tell the policy what prompts found in the prefix cache."""
-        scheduled = output.num_scheduled_tokens
         for started in output.scheduled_new_reqs:
-            self._tell_one_cached(started.req_id, scheduled)
+            if started.num_computed_tokens > 0:
+                self._step_policy.cached(started.req_id, started.num_computed_tokens)
         for request_id in output.scheduled_cached_reqs.resumed_req_ids:
-            self._tell_one_cached(request_id, scheduled)
-
-    def _tell_one_cached(self, request_id: str, scheduled: dict[str, int]) -> None:
-        cached = self.requests[request_id].num_computed_tokens - scheduled[request_id]
-        if cached > 0:
-            self._step_policy.cached(request_id, cached)
+            cached = self.requests[request_id].num_computed_tokens - output.num_scheduled_tokens[request_id]
+            if cached > 0:
+                self._step_policy.cached(request_id, cached)
 
     # --- the table ---------------------------------------------------------------------------------
 
     def _read_seat(self, row: int) -> None:
         seat = self._table.read_seat(row)
+        if seat == self._rows.get(row):
+            return
+        self._rows[row] = seat
         self._step_policy.set_seat(
             row,
             seat.guarantee_tok_s,
@@ -227,6 +232,9 @@ class SeatScheduler(AsyncScheduler):
                 self._read_seat(row)
             else:
                 self._step_policy.forget_seat(row)
+                del self._rows[row]
+        self._table.count_own_time(self._own_times)
+        self._own_times.clear()
 
     def _publish(self) -> None:
         policy = self._step_policy

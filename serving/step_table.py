@@ -13,9 +13,10 @@ from __future__ import annotations
 import mmap
 import tempfile
 from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from contract.step_time import StepTime
 from scheduler.step_rules import UNLIMITED
@@ -42,8 +43,7 @@ _FIRST_ROW = _HEAD + _READINGS
 _BYTES = 8 * (_FIRST_ROW + _ROW * ROWS)
 
 
-@dataclass(frozen=True, slots=True)
-class SeatRow:
+class SeatRow(NamedTuple):
     """What EngineCore is told of a seat."""
 
     guarantee_tok_s: float
@@ -142,7 +142,7 @@ class StepTable:
 
     def write_seat(self, row: int, seat: SeatRow) -> None:
         start = _FIRST_ROW + row * _ROW
-        for place, value in enumerate(astuple(seat)):
+        for place, value in enumerate(seat):
             self._cells[start + place] = value
 
     def read_seat(self, row: int) -> SeatRow:
@@ -163,11 +163,12 @@ class StepTable:
         for name, value in readings.items():
             self._cells[_NAMES[name]] = value
 
-    def count_own_time(self, seconds: float) -> None:
-        """One step cost this much of our own time."""
-        self._cells[_NAMES["own_s"]] += seconds
-        self._cells[_NAMES["steps"]] += 1
-        self._cells[_BUCKETS + bisect_left(OWN_TIME_US, seconds * 1e6)] += 1
+    def count_own_time(self, took: Iterable[float]) -> None:
+        """Steps that cost so many seconds each of our own time."""
+        for seconds in took:
+            self._cells[_NAMES["own_s"]] += seconds
+            self._cells[_NAMES["steps"]] += 1
+            self._cells[_BUCKETS + bisect_left(OWN_TIME_US, seconds * 1e6)] += 1
 
     def read(self) -> StepReadings:
         return StepReadings(*self._cells[_HEAD : _HEAD + len(_NAMES)].tolist())

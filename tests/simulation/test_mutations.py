@@ -419,10 +419,6 @@ def a_late_first_token_is_forgiven(patch: Patch) -> None:
     patch.setattr(StepSeat, "owing", StepSeat.paced)
 
 
-def steps_stay_long_for_decodes_that_are_gone(patch: Patch) -> None:
-    patch.setattr(StepPolicy, "_keep_paces", lambda self: None)
-
-
 @dataclass(frozen=True)
 class Mutation:
     apply: Callable[[Patch], None]
@@ -485,7 +481,6 @@ MUTATIONS = [
     Mutation(prompts_of_any_length_in_a_step, ("stall", "pace")),
     Mutation(decodes_take_the_tokens_of_owed_prompts, ("pace",), aimed=True),
     Mutation(a_late_first_token_is_forgiven, ("pace",), seeds=(3_809,)),
-    Mutation(steps_stay_long_for_decodes_that_are_gone, ("stall",), seeds=(13_869,)),
 ]
 
 

@@ -40,7 +40,7 @@ async def test_a_stream_that_gets_less_than_its_guarantee_shows_in_every_figure(
     table.add_held(rows.row("a"), 2.5)
     table.write(held=3, preempted=7, allowed_s=0.02, model_error=0.04)
     for seconds in (30e-6, 70e-6, 5e-3):
-        table.count_own_time(seconds)
+        table.count_own_time([seconds])
 
     registry = CollectorRegistry()
     registry.register(NodeCollector(node))

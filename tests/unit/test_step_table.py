@@ -94,7 +94,7 @@ def test_the_step_time_comes_up_whole(tables: tuple[StepTable, StepTable, Path])
 def test_own_time_is_counted_in_its_bucket(tables: tuple[StepTable, StepTable, Path]) -> None:
     down, up, _ = tables
     for seconds in (5e-6, 10e-6, 11e-6, 99e-6, 0.9e-3, 2.0):
-        up.count_own_time(seconds)
+        up.count_own_time([seconds])
     assert down.own_time_counts() == [2.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0]
     assert down.read().steps == 6
     assert down.read().own_s == pytest.approx(2.001025)

@@ -217,6 +217,7 @@ class Engine:
         decoding = [stream for stream in policy.streams.values() if stream.decoding]
         decodes = policy._decodes
         assert decodes.count == len(decoding)
+        assert decodes.owed == sum(stream.owed for stream in decoding)
         assert decodes.kv_tokens + decodes.resting_kv_tokens == sum(each.computed for each in decoding)
         assert all(policy.streams[name].computed == job.computed for name, job in self.jobs.items())
         for seat in policy.seats.values():
@@ -1023,7 +1024,7 @@ def test_prompts_under_way_go_on_owed_ones_first_and_by_their_deadline() -> None
         engine.seat(seat, 10.0)
         engine.add(seat, seat, prompt=prompt)
     for name in ("late", "early"):
-        engine.policy.streams[name].running = True
+        engine.policy.prompts.begin(engine.policy.streams[name])
     assert engine.policy.prompts.in_order() == ["early", "late", "prompt"]
 
 
