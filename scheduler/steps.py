@@ -29,7 +29,7 @@ from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from heapq import heapify, heapreplace
+from heapq import heapify, heapreplace, nsmallest
 from itertools import accumulate, islice
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -428,7 +428,9 @@ class StepPolicy:
         self._refill = False
         free = min(self._room, self._beside_prompts) + self._held_decodes - self._borrowed_count()
         if free > 0 and self._held_decodes:
-            for stream in islice((each for each in self._places if each.held), free):
+            # The next in the order may have been held by the review that made it: it had its turn.
+            held = [stream for stream in self._places if stream.held]
+            for stream in nsmallest(free, held, key=_longest_held):
                 self._set_held(stream, False, now)
         elif free < 0:
             for stream in islice((each for each in reversed(self._places) if not each.held), -free):
@@ -563,3 +565,7 @@ class _Tightest:
 
     def _allowed_by(self, seat: StepSeat) -> float:
         return seat.visible / self._needed[seat]
+
+
+def _longest_held(stream: Stream) -> tuple[float, int]:
+    return (stream.seat.tag, stream.turn)
