@@ -402,6 +402,28 @@ def test_a_sequence_that_takes_part_stays_for_a_turn() -> None:
     assert stays[len(stays) // 5] >= RULES.turn_steps
 
 
+def test_a_place_that_comes_free_goes_to_who_was_held_longest() -> None:
+    """Not to who ran last and was held because slow steps made the batch smaller."""
+    engine = engine_with(300.0, 80)
+    slow = StepTime(base_s=2e-3, prefill_token_s=20e-6, decode_s=140e-6, kv_token_s=1e-10)
+    engine.run(1.0)
+    places = 0
+    for number in range(100):
+        engine.step_time = slow
+        engine.steps(20)
+        engine.step_time = MACHINE
+        engine.steps(number % 5)
+        held_since = {name: engine.policy.streams[name].turn for name in engine.held}
+        engine.abort(min(engine.jobs.keys() - engine.held - {"owed"}))
+        engine.add(f"c{number}", "free")
+        engine.step()
+        came = held_since.keys() - engine.held
+        if len(came) == 1 and engine.held <= held_since.keys():
+            places += 1
+            assert held_since[came.pop()] == min(held_since.values())
+    assert places > 10
+
+
 def test_a_lone_seat_is_never_held_for_itself() -> None:
     """Its own further streams bring it tokens too: q = 1 and 64 streams get the whole machine."""
     engine = Engine(StepPolicy(known()))
