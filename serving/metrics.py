@@ -128,7 +128,7 @@ def _step_metrics(table: StepTable) -> Iterable[Metric]:
     bounds = [*(str(bound / 1e6) for bound in OWN_TIME_US), "+Inf"]
     yield HistogramMetricFamily(
         "boosts_step_scheduler_seconds",
-        "The step scheduler's own time per step, in EngineCore",
+        "The step scheduler's own CPU time per step, in EngineCore",
         buckets=list(zip(bounds, counts, strict=True)),
         sum_value=readings.own_s,
     )

@@ -68,27 +68,27 @@ class SeatScheduler(AsyncScheduler):
         self._published_samples = 0
         """What was published last, and the samples of the fit that was."""
         self._own_s = 0.0
-        """Our own time so far in the step that is being made, and"""
+        """Our own time so far in the step that is being made, CPU time of this thread, and"""
         self._own_times: list[float] = []
         """in those before that are not published yet."""
 
     # --- requests come and go ----------------------------------------------------------------------
 
     def add_request(self, request: Request) -> None:
-        began = time.perf_counter()
+        began = time.thread_time()
         if request.request_id not in self._step_policy.streams:
             params = request.sampling_params
             extra = params.extra_args or {} if params is not None else {}
             row, due = int(extra.get(SEAT, NOBODY)), float(extra.get(DUE, math.inf))
             self._read_seat(row)
             self._step_policy.enter(request.request_id, row, request.num_tokens, due, time.monotonic())
-        self._own_s += time.perf_counter() - began
+        self._own_s += time.thread_time() - began
         super().add_request(request)
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
-        began = time.perf_counter()
+        began = time.thread_time()
         self._step_policy.leave(request.request_id, time.monotonic())
-        self._own_s += time.perf_counter() - began
+        self._own_s += time.thread_time() - began
         return super()._free_request(request, delay_free_blocks)
 
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
@@ -100,26 +100,26 @@ class SeatScheduler(AsyncScheduler):
     # --- each step ---------------------------------------------------------------------------------
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        began = time.perf_counter()
+        began = time.thread_time()
         self._prepare(time.monotonic())
-        own_s = time.perf_counter() - began
+        own_s = time.thread_time() - began
         try:
             output = super().schedule(throttle_prefills)
         finally:
             self.max_num_scheduled_tokens = self._most_tokens
-        began = time.perf_counter()
+        began = time.thread_time()
         self._tell_cached(output)
         self._step_policy.composed(output.num_scheduled_tokens, time.monotonic())
         self._publish()
-        self._own_times.append(self._own_s + own_s + time.perf_counter() - began)
+        self._own_times.append(self._own_s + own_s + time.thread_time() - began)
         self._own_s = 0.0
         return output
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
-        began = time.perf_counter()
+        began = time.thread_time()
         # One call for each call of `schedule`, in the same order.
         self._step_policy.completed(time.monotonic())
-        self._own_s += time.perf_counter() - began
+        self._own_s += time.thread_time() - began
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for each in outputs.values():
             # The API process answers in this order, which takes it long for a large batch: first who waits

@@ -65,7 +65,7 @@ class StepReadings:
     preempted: float = 0.0
     """Borrowed sequences that lost their slot or KV cache to owed ones."""
     own_s: float = 0.0
-    """Time spent in the step scheduler, beyond vLLM's own."""
+    """CPU time spent in the step scheduler, beyond vLLM's own."""
     model_samples: float = 0.0
     model_error: float = 0.0
     base_s: float = 0.0
