@@ -1,7 +1,7 @@
 """`python -m benchmarks.plain_vllm FLAGS`: vLLM's own API server, as it comes.
 
 All that is added is a request to the kernel without which vLLM 0.32 dies of an illegal instruction on a CPU
-that has tile instructions, if the model is small: `serving/tiles.py` tells why.
+that has tile instructions, if the model is small: `serving/tiles.py` tells why, and does without torch.
 """
 
 import runpy

@@ -20,6 +20,8 @@ class StepRules:
     easy_review_s: float = 1.0
     """Steps and time after which the batch is chosen anew, if nothing calls for it earlier; the longer time
     while half as many again as there are would fit, and no step takes longer than the pace allows."""
+    surprise: float = 1.1
+    """A step that takes so many times what it should, and longer than the pace allows, calls for it."""
     turn_steps: int = 32
     """Steps for which a sequence takes part, or is held, before it may change places with another; in tokens
     over weight, what a seat must lag behind another to get a place of it."""

@@ -62,6 +62,8 @@ class Composed(NamedTuple):
     prefill_tokens: int
     decodes: int
     kv_tokens: int
+    surprise_s: float
+    """If it takes longer, the batch is reviewed."""
 
 
 class StepPolicy:
@@ -113,8 +115,8 @@ class StepPolicy:
         self._opening_from, self._opening_since = UNLIMITED, 0.0
         """The last `borrowed_limit` that was all there was use for, and when: from there entry opens."""
         self._review_at = float("-inf")
-        self._surprise_s = float("inf")
-        """A step that takes longer calls for a review."""
+        self._easy_s = float("inf")
+        """The longest step that keeps everybody's pace, while the batch is easy; infinite otherwise."""
         self._lone: StepSeat | None = None
         """The seat that has the engine for itself."""
 
@@ -152,11 +154,13 @@ class StepPolicy:
         stream = Stream(stream_id, seat, input_tokens, due)
         self.streams[stream_id] = seat.streams[stream_id] = stream
         self.prompts.add(stream)
-        # The youngest: whom it could displace there is not.
+        # It is the youngest, so it displaces nobody.
         if len(seat.owed) < seat.most_owed:
             seat.classify()
         self._review |= self._lone not in (None, seat)
-        self._review |= stream.owed and self.prompts.exceed_a_step(input_tokens, self._decodes.count)
+        if stream.owed:
+            self._review |= self.prompts.exceed_a_step(input_tokens, self._decodes.count)
+            self._review_at = min(self._review_at, due)
         return stream
 
     def leave(self, stream_id: Hashable, now: float) -> None:
@@ -216,7 +220,7 @@ class StepPolicy:
             self._choose(now)
         elif self._refill:
             self._bring_to_room(now)
-            self._keep_paces()
+            self._keep_paces(now)
         prefill_tokens = self._plan_prompts(now) if self.prompts.streams else None
         changed = tuple(stream for stream, held in self._changed.items() if stream.held != held)
         self._changed.clear()
@@ -231,11 +235,14 @@ class StepPolicy:
             prefill += tokens
             kv_tokens += stream.known
         self.prompts.count(prefill)
-        self._steps.append(Composed(now, prefill, decodes, kv_tokens))
+        surprise_s = self._easy_s
         if self.allowed_s is not None:
+            seconds = self.fit.model.seconds(prefill, decodes, kv_tokens)
             # The next review will see it; until then no further step may be stretched on the same lead.
-            late_s = self.fit.model.seconds(prefill, decodes, kv_tokens) - self.allowed_s
-            self._least_lead_s -= max(0.0, late_s)
+            self._least_lead_s -= max(0.0, seconds - self.allowed_s)
+            # Prompts may fill a step up to what is allowed, or beyond.
+            surprise_s = max(surprise_s, self.rules.surprise * seconds)
+        self._steps.append(Composed(now, prefill, decodes, kv_tokens, surprise_s))
         self._until_review -= 1
 
     def _prefilled(self, stream: Stream, tokens: int) -> None:
@@ -253,13 +260,14 @@ class StepPolicy:
             self._review |= stream.seat.classify() or stream.owed
             stream.seat.count(stream, 1)
 
-    def completed(self, now: float) -> None:
-        """The oldest composed step is done."""
+    def completed(self, now: float) -> bool:
+        """The oldest composed step is done; whether it had prompts."""
         step = self._steps.popleft()
         seconds = now - max(self._last_end, step.at)
         self._last_end = now
         self._took.append((step, seconds))
-        self._review |= seconds > self._surprise_s
+        self._review |= seconds > step.surprise_s
+        return step.prefill_tokens > 0
 
     # --- victims -----------------------------------------------------------------------------------
 
@@ -281,8 +289,7 @@ class StepPolicy:
 
     def _choose(self, now: float) -> None:
         self._review = self._refill = False
-        self._until_review, self._review_at = self.rules.review_steps, now + self.rules.review_s
-        self._surprise_s = float("inf")
+        self._until_review = self.rules.review_steps
         for step, seconds in self._took:
             self.fit.observe(step.prefill_tokens, step.decodes, step.kv_tokens, seconds)
         self._took.clear()
@@ -297,9 +304,13 @@ class StepPolicy:
         self._room = min(fitting, self._room + 2 + self._room // 2) if grows else fitting
         self._beside_prompts = self._room_beside_prompts(now)
         self._hold_beyond(min(self._room, self._beside_prompts), borrowed, now)
-        if not self.held and fitting > self._borrowed_count() + self._decodes.count // 2:
-            self._review_at = now + self.rules.easy_review_s
-            self._surprise_s = self.allowed_s or self._surprise_s
+        spare = self._room > self._borrowed_count() + self._decodes.count // 2
+        easy_s = self._pace_s()
+        easy = spare and not self.held and self._coming_s() <= easy_s
+        self._easy_s = easy_s if easy else float("inf")
+        self._review_at = min(
+            self._next_due(now), now + (self.rules.easy_review_s if easy else self.rules.review_s)
+        )
         self._limit_borrowed(self._room + max(1, int(self._room * self.rules.spare_share)), now)
 
     def _hold_beyond(self, room: int, borrowed: list[Stream], now: float) -> None:
@@ -436,11 +447,36 @@ class StepPolicy:
             for stream in islice((each for each in reversed(self._places) if not each.held), -free):
                 self._set_held(stream, True, now)
 
-    def _keep_paces(self) -> None:
-        """Between reviews: a seat that has fewer decodes in the steps than before needs shorter ones."""
-        if self.allowed_s is not None:
-            for seat, rate in self._needed.items():
-                self.allowed_s = min(self.allowed_s, (seat.decoding - seat.held) / rate)
+    def _keep_paces(self, now: float) -> None:
+        """Between reviews: a seat that has fewer decodes in the steps than before needs shorter ones, and a
+        batch that was easy may be so no more."""
+        if self.allowed_s is None:
+            return
+        for seat, rate in self._needed.items():
+            self.allowed_s = min(self.allowed_s, (seat.decoding - seat.held) / rate)
+        if self._easy_s < float("inf"):
+            self._easy_s = self._pace_s()
+            if self._held_decodes or self._coming_s() > self._easy_s:
+                self._choose(now)
+
+    def _pace_s(self) -> float:
+        """The longest step that brings every seat its pace, whatever its lead."""
+        return min(
+            (
+                (seat.decoding - seat.held) / self._aim(seat.guarantee_tok_s * seat.paced())
+                for seat in self._needed
+            ),
+            default=float("inf"),
+        )
+
+    def _coming_s(self) -> float:
+        """How long the next step takes without prompts."""
+        return self.fit.model.seconds(0, *self._decodes.coming())
+
+    def _next_due(self, now: float) -> float:
+        """When the next owed prompt is overdue: from then on its seat is owed its rate."""
+        waiting = (stream.due for stream in self.prompts.streams.values() if stream.owed and stream.due > now)
+        return min(waiting, default=float("inf"))
 
     def _borrowed_count(self) -> int:
         return self._decodes.count - self._decodes.owed
@@ -508,7 +544,7 @@ class StepPolicy:
         stretch_s = 0.0
         if self._least_lead_s >= (-rules.kept_lead_s if owed else 0.0):
             stretch_s = min(rules.most_stretch_s, (rules.stretch - 1.0) * self.allowed_s)
-        room_s = self.allowed_s + stretch_s - model.seconds(0, *self._decodes.coming())
+        room_s = self.allowed_s + stretch_s - self._coming_s()
         # What brings owed first tokens in time has precedence over the others' pace.
         least = self.allowed_s * self.prompts.owed_tok_s(owed, now)
         if self._lone is not None:

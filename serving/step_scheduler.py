@@ -118,13 +118,16 @@ class SeatScheduler(AsyncScheduler):
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         began = time.thread_time()
         # One call for each call of `schedule`, in the same order.
-        self._step_policy.completed(time.monotonic())
+        had_prompts = self._step_policy.completed(time.monotonic())
         self._own_s += time.thread_time() - began
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        for each in outputs.values():
-            # The API process answers in this order, which takes it long for a large batch: first who waits
-            # for a first token. vLLM tells of the prompt with that, and never again.
-            each.outputs.sort(key=lambda output: output.prefill_stats is None)
+        if had_prompts:
+            began = time.thread_time()
+            for each in outputs.values():
+                # The API process answers in this order, which takes it long for a large batch: first who
+                # waits for a first token. vLLM tells of the prompt with that, and never again.
+                each.outputs.sort(key=lambda output: output.prefill_stats is None)
+            self._own_s += time.thread_time() - began
         return outputs
 
     def _prepare(self, now: float) -> None:
@@ -164,6 +167,7 @@ class SeatScheduler(AsyncScheduler):
             self.running.remove(victim)
             self._preempt_request(victim, now)
             slots -= 1
+        # Without KV connectors, which are refused at start, all that have not begun wait in this one queue.
         for request in reversed(owed):
             self.waiting.remove_request(request)
             self.waiting.prepend_request(request)

@@ -164,7 +164,7 @@ class StepTable:
             self._cells[_NAMES[name]] = value
 
     def count_own_time(self, took: Iterable[float]) -> None:
-        """Steps that cost so many seconds each of our own time."""
+        """Count steps by the own time that each took, in seconds."""
         for seconds in took:
             self._cells[_NAMES["own_s"]] += seconds
             self._cells[_NAMES["steps"]] += 1

@@ -18,6 +18,6 @@ _XTILEDATA = 18
 
 def allow_tiles() -> None:
     """Ask for the tiles, for this process and all that it forks; one that it spawns has to ask for itself.
-    Where there are none nothing happens."""
+    Where there are none it is refused, which changes nothing."""
     if sys.platform == "linux" and platform.machine() == "x86_64":
-        ctypes.CDLL(None, use_errno=True).syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA)
+        ctypes.CDLL(None).syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA)

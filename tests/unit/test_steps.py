@@ -563,6 +563,113 @@ def test_slow_steps_are_reviewed_more_often_while_a_pace_is_in_danger() -> None:
     assert reviews(tight, 3.0) >= 3.0 / (RULES.review_s + 0.06)
 
 
+def just_reviewed(engine: Engine) -> None:
+    """Go on until the next review is as far away as it can be."""
+    while not reviews(engine, 1e-9):
+        pass
+
+
+def worst_second(engine: Engine, name: str, g: float, since: float) -> float:
+    """Attainment in the worst second from the last token before `since` on."""
+    job = engine.jobs[name]
+    first = max(at for at in job.made_at if at <= since)
+    job.made_at = [at for at in job.made_at if at >= first]
+    return lowest_attainment(job, g)
+
+
+def test_an_easy_batch_is_chosen_anew_when_own_further_streams_end() -> None:
+    """As long as they ran, steps of 80 ms brought the seat its 20 tokens per second."""
+    slow = StepTime(20e-3, 20e-6, 0.5e-3, 1e-10)
+    engine = Engine(StepPolicy(known(slow)), slow)
+    engine.seat("free")
+    engine.seat("wide", 20.0)
+    for number in range(90):
+        engine.add(f"free{number}", "free")
+    for number in range(32):
+        engine.add(f"wide{number}", "wide")
+    engine.run(3.0)
+    just_reviewed(engine)
+    assert engine.policy.held == 0
+    since = engine.now
+    for number in range(1, 32):
+        engine.abort(f"wide{number}")
+    engine.run(2.0)
+    assert worst_second(engine, "wide0", 20.0, since) >= 0.95
+
+
+def test_a_crowd_that_comes_to_an_easy_batch_costs_a_token_at_most() -> None:
+    engine = slow_engine(10.0)
+    just_reviewed(engine)
+    assert engine.policy.held == 0
+    since = engine.now
+    for number in range(200):
+        engine.add(f"crowd{number}", "free", prompt=1)
+    engine.run(4.0)
+    assert engine.policy.held > 0
+    assert worst_second(engine, "owed", 10.0, since) >= 9 / 10
+
+
+def test_a_step_that_takes_longer_than_the_pace_allows_is_a_reason_to_review() -> None:
+    engine = slow_engine(12.0)
+    just_reviewed(engine)
+    steps = len(engine.log)
+    engine.step_time = StepTime(30e-3, 30e-6, 1.5e-3, 1e-10)
+    while not reviews(engine, 1e-9):
+        pass
+    # The first slow step comes behind the one under way.
+    assert len(engine.log) - steps <= 3
+
+
+def test_prompts_that_fill_the_steps_are_no_reason_to_review() -> None:
+    """Their steps take as long as is allowed, and half of them a little longer."""
+    engine = Engine(StepPolicy(known()), noise=0.05)
+    engine.seat("free")
+    engine.seat("sold", 100.0)
+    for number in range(20):
+        engine.add(f"free{number}", "free")
+    engine.add("owed", "sold")
+    engine.add("prompt", "free", prompt=200_000)
+    engine.run(1.0)
+    seconds = 400 * engine.log[-1].seconds
+    assert not engine.jobs["prompt"].decoding
+    assert reviews(engine, seconds) <= 1.5 * 400 / RULES.review_steps
+    assert not engine.jobs["prompt"].decoding
+
+
+def test_a_prompt_that_becomes_overdue_counts_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = slow_engine(5.0)
+    engine.seat("late", 5.0)
+    due = engine.now + 0.5
+    monkeypatch.setattr(engine, "due", lambda seat, prompt: due)
+    engine.add("late", "late", prompt=50_000)
+    while engine.now < due:
+        engine.step()
+        assert engine.policy.seats["late"].rate == 0.0
+    engine.step()
+    assert not engine.jobs["late"].decoding
+    assert engine.policy.seats["late"].rate == 5.0
+
+
+def test_entry_opens_as_fast_when_steps_are_slow() -> None:
+    slow = StepTime(20e-3, 20e-6, 0.25e-3, 1e-10)
+    engine = Engine(StepPolicy(known(slow)), slow)
+    for seat, g in (("free", 0.0), ("fast", 36.0), ("calm", 5.0)):
+        engine.seat(seat, g)
+    for number in range(30):
+        engine.add(f"free{number}", "free")
+    engine.add("fast", "fast")
+    engine.add("calm", "calm")
+    engine.run(4.0)
+    assert engine.policy.borrowed_limit < 40
+    engine.abort("fast")
+    since = engine.now
+    while (count := len(engine.jobs)) < 400:
+        for number in range(count, min(400, 2 + engine.policy.borrowed_limit)):
+            engine.add(f"more{number}", "free", prompt=1)
+        engine.step()
+    assert engine.now - since <= 3.0
+
+
 def test_an_easy_machine_that_suddenly_slows_down_costs_two_tokens_in_a_second_at_most() -> None:
     engine = slow_engine(12.0)
     assert engine.policy.held == 0

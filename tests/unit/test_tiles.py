@@ -3,6 +3,7 @@
 import ctypes
 import multiprocessing
 import platform
+import sys
 from multiprocessing.connection import Connection
 
 import pytest
@@ -32,7 +33,9 @@ def _ask_and_fork(to: Connection) -> None:
     child.join()
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="tiles are a matter of x86-64 processors")
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64", reason="tiles are asked for on x86-64 Linux"
+)
 def test_tiles_are_allowed_wherever_the_kernel_has_them() -> None:
     receiver, sender = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=_ask_and_fork, args=(sender,))
