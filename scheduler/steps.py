@@ -323,9 +323,12 @@ class StepPolicy:
             if len(borrowed) > room:
                 self._put_in_order(borrowed)
         self._places.update(dict.fromkeys(borrowed))
-        for place, stream in enumerate(borrowed):
-            if place >= room or stream.held:
-                self._set_held(stream, place >= room, now)
+        for stream in borrowed[:room]:
+            if stream.held:
+                self._set_held(stream, False, now)
+        for stream in borrowed[room:]:
+            if not stream.held:
+                self._set_held(stream, True, now)
         for seat in self.seats.values():
             for stream in seat.owed:
                 if stream.held:
@@ -345,6 +348,7 @@ class StepPolicy:
         self._count_overdue(now)
         for seat in self.seats.values():
             owed, borrowed = seat.settle()
+            seat.count_held(0, now)
             if contended:
                 seat.tag += borrowed / seat.weight
             if seat.held and (lowest is None or seat.tag < lowest):
@@ -409,7 +413,7 @@ class StepPolicy:
             return everything.count - decodes + self._more(everything.count, all_kv_tokens, room_s), []
         borrowed = self._borrowed_decodes()
         self._put_in_order(borrowed)
-        kv_with = list(accumulate((stream.computed for stream in borrowed), initial=kv_tokens))
+        kv_with = list(accumulate(everything.computed(borrowed), initial=kv_tokens))
 
         def exceeds(count: int) -> bool:
             return model.seconds(0, decodes + count, kv_with[count]) + prompts > tightest.allowed_s
@@ -531,8 +535,7 @@ class StepPolicy:
         """Keep prompts back where an owed one needs their place; the most prompt tokens of the step."""
         owed = self.prompts.owed()
         for stream, back in self.prompts.keep_back(owed, tight=bool(owed) and self.allowed_s is not None):
-            if back or stream.held:
-                self._set_held(stream, back, now)
+            self._set_held(stream, back, now)
         return self._prefill_tokens(owed, now)
 
     def _prefill_tokens(self, owed: list[Stream], now: float) -> int | None:
@@ -555,26 +558,25 @@ class StepPolicy:
     # --- holding -----------------------------------------------------------------------------------
 
     def _set_held(self, stream: Stream, held: bool, now: float) -> None:
-        if stream.held:
-            stream.seat.held_s += now - stream.held_since
-        stream.held_since = now
-        if stream.held != held:
-            stream.turn = self._decodes.step
-            stream.fixed_until = self._decodes.step + self.rules.turn_steps
-            self._changed.setdefault(stream, stream.held)
-            stream.held = held
-            change = 1 if held else -1
-            self.held += change
-            if stream.decoding:
-                if held:
-                    self._decodes.hold(stream)
-                    if not stream.seat.held:
-                        # From now on it lacks something; what it did while it did not is no lead and no lag.
-                        stream.seat.tag = max(stream.seat.tag, self._virtual)
-                else:
-                    self._decodes.release(stream)
-                stream.seat.held += change
-                self._held_decodes += change
+        if stream.held == held:
+            return
+        stream.turn = self._decodes.step
+        stream.fixed_until = self._decodes.step + self.rules.turn_steps
+        self._changed.setdefault(stream, stream.held)
+        stream.held = held
+        change = 1 if held else -1
+        self.held += change
+        stream.seat.count_held(change, now)
+        if stream.decoding:
+            if held:
+                self._decodes.hold(stream)
+                if not stream.seat.held:
+                    # From now on it lacks something; what it did while it did not is no lead and no lag.
+                    stream.seat.tag = max(stream.seat.tag, self._virtual)
+            else:
+                self._decodes.release(stream)
+            stream.seat.held += change
+            self._held_decodes += change
 
 
 class _Tightest:

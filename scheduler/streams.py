@@ -16,7 +16,6 @@ class Stream:
         "due",
         "fixed_until",
         "held",
-        "held_since",
         "joined",
         "known",
         "owed",
@@ -47,7 +46,6 @@ class Stream:
         self.preemptions = 0
         self.owed = False
         self.held = False
-        self.held_since = 0.0
         self.turn = 0
         """The step at which it was held or released last."""
         self.fixed_until = 0
@@ -94,6 +92,11 @@ class Decodes:
         """How many the next step has if the engine passes none over, and their tokens in the KV cache."""
         outside = self._outside.values()
         return len(self._batch) + len(outside), self.kv_tokens + sum(stream.known for stream in outside)
+
+    def computed(self, streams: list[Stream]) -> list[int]:
+        """Tokens in the KV cache of each."""
+        step = self.step
+        return [each.known if each.joined is None else each.known + step - each.joined for each in streams]
 
     def begin(self, stream: Stream) -> None:
         """The sequence's prompt is computed."""
@@ -171,7 +174,9 @@ class StepSeat:
         "decoding",
         "guarantee_tok_s",
         "held",
+        "held_at",
         "held_s",
+        "kept_out",
         "lead",
         "overdue",
         "owed",
@@ -208,8 +213,12 @@ class StepSeat:
         """Tokens ahead of what is owed; negative when behind."""
         self.counted_at: float | None = None
         """Up to when its lead is known; None while it is owed no pace."""
+        self.kept_out = 0
+        """Its sequences that are held, whether they decode or not."""
         self.held_s = 0.0
-        """Sequence-seconds held so far."""
+        """Sequence-seconds held,"""
+        self.held_at = 0.0
+        """up to then."""
         self.owed_decoded = 0
         self.borrowed_decoded = 0
         """Tokens up to `counted_step` that were not settled yet."""
@@ -261,6 +270,12 @@ class StepSeat:
     def owing(self) -> int:
         """For how many sequences it is owed its rate: those past their first token, or past its deadline."""
         return min(self.most_owed, self.paced() + self.overdue)
+
+    def count_held(self, change: int, now: float) -> None:
+        """From now on so many more of its sequences are held."""
+        self.held_s += self.kept_out * (now - self.held_at)
+        self.held_at = now
+        self.kept_out += change
 
     def settle(self) -> tuple[int, int]:
         """Take what was decoded since the last call: owed and borrowed tokens."""
