@@ -304,6 +304,8 @@ class StepPolicy:
         self._room = min(fitting, self._room + 2 + self._room // 2) if grows else fitting
         self._beside_prompts = self._room_beside_prompts(now)
         self._hold_beyond(min(self._room, self._beside_prompts), borrowed, now)
+        # Fewer may take part than would fit.
+        self._shorten_steps()
         spare = self._room > self._borrowed_count() + self._decodes.count // 2
         easy_s = self._pace_s()
         easy = spare and not self.held and self._coming_s() <= easy_s
@@ -454,14 +456,17 @@ class StepPolicy:
     def _keep_paces(self, now: float) -> None:
         """Between reviews: a seat that has fewer decodes in the steps than before needs shorter ones, and a
         batch that was easy may be so no more."""
-        if self.allowed_s is None:
-            return
-        for seat, rate in self._needed.items():
-            self.allowed_s = min(self.allowed_s, (seat.decoding - seat.held) / rate)
-        if self._easy_s < float("inf"):
+        self._shorten_steps()
+        if self._needed and self._easy_s < float("inf"):
             self._easy_s = self._pace_s()
             if self._held_decodes or self._coming_s() > self._easy_s:
                 self._choose(now)
+
+    def _shorten_steps(self) -> None:
+        """Allow no step that is too long for a seat with the decodes that it has in it."""
+        if self.allowed_s is not None:
+            for seat, rate in self._needed.items():
+                self.allowed_s = min(self.allowed_s, (seat.decoding - seat.held) / rate)
 
     def _pace_s(self) -> float:
         """The longest step that brings every seat its pace, whatever its lead."""

@@ -1,8 +1,8 @@
 """Row *step-time*: what the step scheduler itself costs each step of a full engine.
 
-The node counts the CPU seconds that its scheduler adds to each of vLLM's steps; they are read from its metrics
-at both ends of the window. vLLM's own scheduling is not in them. Measured twice: while nobody's pace is in
-danger, and while one stream holds a guarantee of twice its rate, so that there is something to decide.
+The node counts the CPU seconds that its scheduler adds to each of vLLM's steps; they are read from its
+metrics at both ends of the window. vLLM's own scheduling is not in them. Measured twice: while nobody's pace
+is in danger, and while one stream holds a guarantee of twice its rate, so that there is something to decide.
 """
 
 from __future__ import annotations
