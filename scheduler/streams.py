@@ -94,7 +94,7 @@ class Decodes:
         return len(self._batch) + len(outside), self.kv_tokens + sum(stream.known for stream in outside)
 
     def computed(self, streams: list[Stream]) -> list[int]:
-        """Tokens in the KV cache of each."""
+        """`Stream.computed` of each: a review asks for that of every borrowed decode, and calls cost."""
         step = self.step
         return [each.known if each.joined is None else each.known + step - each.joined for each in streams]
 
