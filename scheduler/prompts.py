@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Hashable, Iterator
+from typing import Final
 
 from contract.step_time import StepTime
 from scheduler.step_rules import UNLIMITED, StepRules
 from scheduler.streams import Stream
 
-_GAIN = 1 / 64
+_GAIN: Final = 1 / 64
 
 
 class Prompts:

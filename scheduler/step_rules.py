@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
-UNLIMITED = 2**31
+UNLIMITED: Final = 2**31
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,27 +19,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import astuple
-from operator import mul
+from typing import Final
 
 from contract.step_time import StepTime
 
-_TERMS = 5
+_TERMS: Final = 5
 _UNITS = (1.0, 100.0, 10.0, 10_000.0, 0.1)
 """Per term a usual size, so that all columns are of one magnitude."""
 _TYPICAL = (1.0, 256.0, 16.0, 8_192.0, 0.5)
 """The step at which the seed weighs as much as the samples that it stands for."""
-_SOLVE_EVERY = 16
-_MEMORY = 2_000
+_SOLVE_EVERY: Final = 16
+_MEMORY: Final = 2_000
 """Steps after which a sample has lost two thirds of its weight."""
 _FADING = [(1.0 - 1.0 / _MEMORY) ** age for age in reversed(range(_SOLVE_EVERY))]
 """What is left of the weight of the last samples, oldest first."""
-_SPEED_GAIN = 0.05
-_ERROR_GAIN = 0.02
-_HUBER = 3.0
-_LEAST_SCALE = 0.02
+_SPEED_GAIN: Final = 0.05
+_ERROR_GAIN: Final = 0.02
+_HUBER: Final = 3.0
+_LEAST_SCALE: Final = 0.02
 """Relative residuals below this are never outliers."""
-
-Row = tuple[float, float, float, float, float]
 
 
 class StepTimeFit:
@@ -65,8 +63,8 @@ class StepTimeFit:
         price of theirs must not pass for an outlier."""
         self._rows = [[0.0] * _TERMS for _ in range(_TERMS)]
         self._sums = [0.0] * _TERMS
-        self._fresh: list[tuple[float, ...]] = []
-        """Samples that the sums do not hold yet: terms, seconds, weight."""
+        self._fresh: list[list[float]] = [[] for _ in range(_TERMS + 2)]
+        """Samples that the sums do not hold yet: their terms, their seconds, their weights."""
         self._prior = [0.0] * _TERMS
         self._prior_sums = [0.0] * _TERMS
         self._anchored = False
@@ -78,7 +76,8 @@ class StepTimeFit:
         self._raw, self.speed = self.model, 1.0
         self._rows = [[0.0] * _TERMS for _ in range(_TERMS)]
         self._sums = [0.0] * _TERMS
-        self._fresh.clear()
+        for column in self._fresh:
+            column.clear()
         self._believe(samples)
         self._anchored = True
 
@@ -94,7 +93,7 @@ class StepTimeFit:
         if not 0.0 < seconds < 60.0 or prefill_tokens + decodes <= 0:
             return
         row = _row(self._raw, prefill_tokens, decodes, kv_tokens)
-        fitted = max(1e-6, sum(map(mul, self._terms, row)))
+        fitted = max(1e-6, _dot(self._terms, row))
         residual = seconds / (fitted * self.speed) - 1.0
         kind = int(prefill_tokens > 0)
         limit = _HUBER * self._scales[kind]
@@ -106,23 +105,29 @@ class StepTimeFit:
         self.speed *= 1.0 + _SPEED_GAIN * clipped
         # The clipped time, not the measured one: an outlier pulls by its sign, not by its size.
         seen_s = fitted * (1.0 + clipped) * (1.0 if self._anchored else self.speed)
-        self._fresh.append((*row, seen_s, 1.0 / (fitted * fitted)))
+        fresh = self._fresh
+        for i in range(_TERMS):
+            fresh[i].append(row[i])
+        fresh[_TERMS].append(seen_s)
+        fresh[_TERMS + 1].append(1.0 / (fitted * fitted))
         self.samples += 1
-        if len(self._fresh) == _SOLVE_EVERY:
+        if len(fresh[0]) == _SOLVE_EVERY:
             self._take_in()
             self._solve()
 
     def _take_in(self) -> None:
         """Let the sums fade, and add the samples since the last time."""
-        *columns, seconds, weights = zip(*self._fresh, strict=True)
         kept = _FADING[0] * (1.0 - 1.0 / _MEMORY)
-        weights = tuple(map(mul, weights, _FADING))
-        for i, column in enumerate(columns):
-            weighted, line = tuple(map(mul, column, weights)), self._rows[i]
+        columns = self._fresh
+        weights = [columns[-1][i] * _FADING[i] for i in range(_SOLVE_EVERY)]
+        for i in range(_TERMS):
+            weighted = [columns[i][k] * weights[k] for k in range(_SOLVE_EVERY)]
+            line = self._rows[i]
             for j in range(i, _TERMS):
-                line[j] = line[j] * kept + sum(map(mul, weighted, columns[j]))
-            self._sums[i] = self._sums[i] * kept + sum(map(mul, weighted, seconds))
-        self._fresh.clear()
+                line[j] = line[j] * kept + _dot(weighted, columns[j])
+            self._sums[i] = self._sums[i] * kept + _dot(weighted, columns[_TERMS])
+        for column in columns:
+            column.clear()
 
     def _solve(self) -> None:
         free = [i for i in range(_TERMS) if self._prior[i] > 0.0]
@@ -142,7 +147,8 @@ class StepTimeFit:
         if not any(terms):
             return
         # The terms have taken up part of what the factor followed.
-        before, after = (sum(map(mul, each, self._usual())) for each in (self._terms, terms))
+        usual = self._usual()
+        before, after = (_dot(each, usual) for each in (self._terms, terms))
         if before > 0.0 and after > 0.0:
             self.speed = min(10.0, max(0.1, self.speed * before / after))
         self._terms = terms
@@ -169,27 +175,39 @@ def _scaled(model: StepTime) -> list[float]:
     return [value * unit for value, unit in zip(astuple(model)[:_TERMS], _UNITS, strict=True)]
 
 
-def _row(model: StepTime, prefill_tokens: float, decodes: float, kv_tokens: float) -> Row:
-    return (
+def _row(model: StepTime, prefill_tokens: float, decodes: float, kv_tokens: float) -> list[float]:
+    return [
         1.0,
         prefill_tokens / _UNITS[1],
         decodes / _UNITS[2],
         kv_tokens / _UNITS[3],
         model.touched(decodes) / _UNITS[4] if model.active_share else 0.0,
-    )
+    ]
+
+
+def _dot(left: list[float], right: list[float]) -> float:
+    total = 0.0
+    for i in range(len(left)):
+        total += left[i] * right[i]
+    return total
 
 
 def _solve_linear(matrix: list[list[float]], right: list[float]) -> list[float]:
     """Gaussian elimination with pivots; `matrix` is symmetric and positive definite."""
     size = len(right)
     for i in range(size):
-        pivot = max(range(i, size), key=lambda k: abs(matrix[k][i]))
+        pivot = i
+        for k in range(i + 1, size):
+            if abs(matrix[k][i]) > abs(matrix[pivot][i]):
+                pivot = k
         matrix[i], matrix[pivot] = matrix[pivot], matrix[i]
         right[i], right[pivot] = right[pivot], right[i]
+        line = matrix[i]
         for k in range(i + 1, size):
-            factor = matrix[k][i] / matrix[i][i]
+            other = matrix[k]
+            factor = other[i] / line[i]
             for j in range(i, size):
-                matrix[k][j] -= factor * matrix[i][j]
+                other[j] -= factor * line[j]
             right[k] -= factor * right[i]
     solved = [0.0] * size
     for i in range(size - 1, -1, -1):

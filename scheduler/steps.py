@@ -25,24 +25,23 @@ Nothing here reads a clock or knows vLLM; times are seconds of one monotonic clo
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections import Counter, deque
+from bisect import bisect_right
+from collections import deque
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from heapq import heapify, heapreplace, nsmallest
 from itertools import accumulate, islice
-from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from scheduler.prompts import Prompts
 from scheduler.step_rules import UNLIMITED, StepRules
 from scheduler.step_time import StepTimeFit
 from scheduler.streams import Decodes, StepSeat, Stream
+from scheduler.turns import in_order
 
-_MORE_THAN_ANY = 4_096
+_MORE_THAN_ANY: Final = 4_096
 """Sequences: no engine has that many slots, so entry need not open further bit by bit."""
-_HORIZON_TOKENS = 4.0
-_LAST_CHANGE = attrgetter("turn")
+_HORIZON_TOKENS: Final = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,14 +316,14 @@ class StepPolicy:
 
     def _hold_beyond(self, room: int, borrowed: list[Stream], now: float) -> None:
         """Let `room` borrowed decodes take part; they are in `borrowed`, if they were put in order before."""
-        self._places.clear()
+        self._places = {}
         if not self.held and self._borrowed_count() <= room:
             return
         if not borrowed:
             borrowed = self._borrowed_decodes()
             if len(borrowed) > room:
-                self._put_in_order(borrowed)
-        self._places.update(dict.fromkeys(borrowed))
+                borrowed = self._in_order(borrowed)
+        self._places = dict.fromkeys(borrowed)
         for stream in borrowed[:room]:
             if stream.held:
                 self._set_held(stream, False, now)
@@ -395,40 +394,41 @@ class StepPolicy:
         Where all do, how many like them could."""
         model, everything = self.fit.model, self._decodes
         decodes = kv_tokens = 0
-        for seat in needed:
+        for seat in self.seats.values():
             seat.visible = 0
+        for seat in needed:
             for stream in seat.owed:
                 if stream.decoding:
                     seat.visible += 1
                     kv_tokens += stream.computed
             decodes += seat.visible
-        tightest = _Tightest(needed)
-        prompts = self.prompts.time_kept(tightest.allowed_s - model.seconds(0, decodes, kv_tokens), model)
+        allowed_s = min(seat.visible / rate for seat, rate in needed.items())
+        prompts = self.prompts.time_kept(allowed_s - model.seconds(0, decodes, kv_tokens), model)
         if self._lone is not None:
             # All of its sequences bring it tokens: none is held for its own sake.
             self.allowed_s = everything.count / needed[self._lone]
             return UNLIMITED, []
-        self.allowed_s = tightest.allowed_s
+        self.allowed_s = allowed_s
         all_kv_tokens = everything.kv_tokens + everything.resting_kv_tokens
-        room_s = self.allowed_s - prompts - model.seconds(0, everything.count, all_kv_tokens)
+        room_s = allowed_s - prompts - model.seconds(0, everything.count, all_kv_tokens)
         if room_s >= 0.0:
             return everything.count - decodes + self._more(everything.count, all_kv_tokens, room_s), []
-        borrowed = self._borrowed_decodes()
-        self._put_in_order(borrowed)
+        borrowed = self._in_order(self._borrowed_decodes())
         kv_with = list(accumulate(everything.computed(borrowed), initial=kv_tokens))
 
-        def exceeds(count: int) -> bool:
-            return model.seconds(0, decodes + count, kv_with[count]) + prompts > tightest.allowed_s
+        def seconds(count: int) -> float:
+            return model.seconds(0, decodes + count, kv_with[count]) + prompts
 
         # As many as fit anyway are counted in at once.
-        fit = bisect_left(range(1, len(borrowed) + 1), True, key=exceeds)
-        for seat, count in Counter(stream.seat for stream in borrowed[:fit]).items():
-            tightest.count_in(seat, count)
+        fit = bisect_right(range(1, len(borrowed) + 1), allowed_s, key=seconds)
+        for stream in borrowed[:fit]:
+            stream.seat.visible += 1
+        tightest = _Tightest(needed)
         for place in range(fit, len(borrowed)):
             self.allowed_s = tightest.allowed_s
             # The seat's own further sequences bring it tokens too, so each may be slower.
             tightest.count_in(borrowed[place].seat)
-            if exceeds(place + 1):
+            if seconds(place + 1) > tightest.allowed_s:
                 return place, borrowed
         self.allowed_s = tightest.allowed_s
         room_s = self.allowed_s - prompts - model.seconds(0, decodes + len(borrowed), kv_with[-1])
@@ -493,34 +493,8 @@ class StepPolicy:
     def _borrowed_decodes(self) -> list[Stream]:
         return [stream for stream in self.streams.values() if not (stream.prefill_left or stream.owed)]
 
-    def _put_in_order(self, borrowed: list[Stream]) -> None:
-        """Lowest virtual time first, as it will be when all that come before have had a turn."""
-        by_seat: dict[StepSeat, list[Stream]] = {}
-        for stream in borrowed:
-            by_seat.setdefault(stream.seat, []).append(stream)
-        keys: dict[Stream, float] = {}
-        for seat, streams in by_seat.items():
-            if not seat.held:
-                seat.tag = max(seat.tag, self._virtual)
-            turn = self.rules.turn_steps / seat.weight
-            for place, stream in enumerate(self._by_turn(streams)):
-                keys[stream] = seat.tag + place * turn
-        borrowed.sort(key=keys.__getitem__)
-
-    def _by_turn(self, streams: list[Stream]) -> list[Stream]:
-        """The order in a seat: who is in a turn, who has waited for one, who had one, who was just held."""
-        step = self._decodes.step
-        in_turn: list[Stream] = []
-        waited: list[Stream] = []
-        had_one: list[Stream] = []
-        just_held: list[Stream] = []
-        streams.sort(key=_LAST_CHANGE)
-        for stream in streams:
-            if step < stream.fixed_until:
-                (just_held if stream.held else in_turn).append(stream)
-            else:
-                (waited if stream.held else had_one).append(stream)
-        return in_turn + waited + had_one[::-1] + just_held
+    def _in_order(self, borrowed: list[Stream]) -> list[Stream]:
+        return in_order(borrowed, self._virtual, self._decodes.step, self.rules.turn_steps)
 
     def _limit_borrowed(self, useful: int, now: float) -> None:
         """Let in no more than are of use; more at once only bit by bit."""
@@ -598,11 +572,9 @@ class _Tightest:
     def allowed_s(self) -> float:
         return self._seats[0][0]
 
-    def count_in(self, seat: StepSeat, more: int = 1) -> None:
-        """So many more of the seat's sequences take part."""
-        if seat not in self._needed:
-            return
-        seat.visible += more
+    def count_in(self, seat: StepSeat) -> None:
+        """One more of the seat's sequences takes part."""
+        seat.visible += 1
         while (now_s := self._allowed_by(self._seats[0][2])) > self._seats[0][0]:
             heapreplace(self._seats, (now_s, *self._seats[0][1:]))
 

@@ -19,6 +19,7 @@ class Stream:
         "joined",
         "known",
         "owed",
+        "place",
         "preemptions",
         "prefill_left",
         "ready",
@@ -50,6 +51,8 @@ class Stream:
         """The step at which it was held or released last."""
         self.fixed_until = 0
         """The step from which on it may be so again."""
+        self.place = 0.0
+        """In the order of borrowed decodes that is being made: the virtual time at which its turn comes."""
 
     @property
     def decoding(self) -> bool:
