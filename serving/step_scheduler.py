@@ -126,7 +126,8 @@ class SeatScheduler(AsyncScheduler):
             for each in outputs.values():
                 # The API process answers in this order, which takes it long for a large batch: first who
                 # waits for a first token. vLLM tells of the prompt with that, and never again.
-                each.outputs.sort(key=lambda output: output.prefill_stats is None)
+                if first := [output for output in each.outputs if output.prefill_stats is not None]:
+                    each.outputs = first + [out for out in each.outputs if out.prefill_stats is None]
             self._own_s += time.thread_time() - began
         return outputs
 
