@@ -305,6 +305,8 @@ class StepPolicy:
         self._hold_beyond(min(self._room, self._beside_prompts), borrowed, now)
         # Fewer may take part than would fit.
         self._shorten_steps()
+        if self._held_decodes and self._room < fitting:
+            self._until_review = self.rules.growing_review_steps
         spare = self._room > self._borrowed_count() + self._decodes.count // 2
         easy_s = self._pace_s()
         easy = spare and not self.held and self._coming_s() <= easy_s

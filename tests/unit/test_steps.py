@@ -1453,3 +1453,23 @@ def test_owed_streams_keep_their_pace_under_random_arrivals(seed: int) -> None:
     assert min(worst) >= 0.95
     borrowed = [job for name, job in (engine.done | engine.jobs).items() if name.startswith("free")]
     assert sum(len(job.made_at) for job in borrowed) / engine.now > 500
+
+
+def test_what_was_held_until_a_lag_was_made_up_for_comes_back_soon() -> None:
+    slow = StepTime(base_s=8e-3, prefill_token_s=20e-6, decode_s=80e-6, kv_token_s=0.0)
+    engine = Engine(StepPolicy(known(slow)), slow)
+    engine.seat("owed", 60.0)
+    engine.seat("crowd")
+    engine.add("owed", "owed")
+    for number in range(18):
+        engine.add(f"crowd{number}", "crowd")
+    engine.run(2.0)
+    assert not engine.held, "everything fits"
+
+    engine.now += 0.4
+    steps_held = 0
+    for _ in range(100):
+        engine.step()
+        steps_held += bool(engine.held)
+
+    assert 0 < steps_held < 2 * RULES.review_steps
