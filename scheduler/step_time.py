@@ -118,15 +118,15 @@ class StepTimeFit:
     def _take_in(self) -> None:
         """Let the sums fade, and add the samples since the last time."""
         kept = _FADING[0] * (1.0 - 1.0 / _MEMORY)
-        columns = self._fresh
-        weights = [columns[-1][i] * _FADING[i] for i in range(_SOLVE_EVERY)]
+        columns, seconds, weights = self._fresh[:_TERMS], self._fresh[_TERMS], self._fresh[_TERMS + 1]
+        faded = [weights[i] * _FADING[i] for i in range(_SOLVE_EVERY)]
         for i in range(_TERMS):
-            weighted = [columns[i][k] * weights[k] for k in range(_SOLVE_EVERY)]
+            weighted = [columns[i][k] * faded[k] for k in range(_SOLVE_EVERY)]
             line = self._rows[i]
             for j in range(i, _TERMS):
                 line[j] = line[j] * kept + _dot(weighted, columns[j])
-            self._sums[i] = self._sums[i] * kept + _dot(weighted, columns[_TERMS])
-        for column in columns:
+            self._sums[i] = self._sums[i] * kept + _dot(weighted, seconds)
+        for column in self._fresh:
             column.clear()
 
     def _solve(self) -> None:

@@ -298,14 +298,14 @@ class StepPolicy:
             fitting, borrowed = self._fitting(needed)
         else:
             self.allowed_s, fitting, borrowed = None, UNLIMITED, []
-        # It grows bit by bit: a step that happened to be short is no reason to try twice the batch.
+        # It grows by half at a time: a step that happened to be short is no reason to try twice the batch.
         grows = needed and self._room < UNLIMITED
         self._room = min(fitting, self._room + 2 + self._room // 2) if grows else fitting
         self._beside_prompts = self._room_beside_prompts(now)
         self._hold_beyond(min(self._room, self._beside_prompts), borrowed, now)
         # Fewer may take part than would fit.
         self._shorten_steps()
-        if self._held_decodes and self._room < fitting:
+        if self._held_decodes and self._room < min(fitting, self._beside_prompts):
             self._until_review = self.rules.growing_review_steps
         spare = self._room > self._borrowed_count() + self._decodes.count // 2
         easy_s = self._pace_s()
@@ -396,9 +396,8 @@ class StepPolicy:
         Where all do, how many like them could."""
         model, everything = self.fit.model, self._decodes
         decodes = kv_tokens = 0
-        for seat in self.seats.values():
-            seat.visible = 0
         for seat in needed:
+            seat.visible = 0
             for stream in seat.owed:
                 if stream.decoding:
                     seat.visible += 1

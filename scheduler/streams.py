@@ -230,7 +230,7 @@ class StepSeat:
         """Its sequences in each step since `counted_step`."""
         self.counted_step = decodes.step
         self.visible = 0
-        """Its decodes in the batch that is being chosen."""
+        """Its decodes in the batch that is being chosen; kept for seats that are owed a pace."""
 
     @property
     def most_owed(self) -> int:

@@ -46,7 +46,7 @@ def traces(packages: Path) -> tuple[str, list[str]]:
     ran = subprocess.run(
         [sys.executable, "-c", TRACES],
         env={**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": str(packages)},
-        capture_output=True,
+        stdout=subprocess.PIPE,
         text=True,
         check=True,
     )

@@ -19,6 +19,11 @@ def test_random_adversaries_break_no_promise(first: int) -> None:
     assert not broken
 
 
+@pytest.mark.parametrize("seed", [13_869, 27_319, 51_829, 92_129])
+def test_adversaries_that_broke_a_promise_once_break_none(seed: int) -> None:
+    assert not evidence.broken_by_random_adversary(seed)
+
+
 def test_same_seed_replays_the_same_trace() -> None:
     for seed in range(20):
         scenario = random_scenario(seed)
