@@ -11,7 +11,9 @@ from setuptools import setup
 
 COMPILED = (
     "contract/step_time.py",
+    "scheduler/paces.py",
     "scheduler/prompts.py",
+    "scheduler/room.py",
     "scheduler/step_rules.py",
     "scheduler/step_time.py",
     "scheduler/steps.py",

@@ -93,10 +93,19 @@ def write_text(result: Result, folder: Path) -> list[Path]:
     """Write `result.json` and `table.txt` alone, for machines without matplotlib; returns their paths."""
     data = folder / "result.json"
     content = {**asdict(result), "environment": environment()}
+    content["config"] = {name: _elsewhere(value) for name, value in result.config.items()}
     data.write_text(json.dumps(content, indent=1, default=str))
     table = folder / "table.txt"
     table.write_text(f"{result}\n")
     return [data, table]
+
+
+def _elsewhere(value: Any) -> Any:
+    """As it means something on another machine: of a path, the part below the working folder, or its name."""
+    if not isinstance(value, str | Path) or not Path(value).is_absolute():
+        return value
+    path = Path(value)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
 
 
 def environment() -> dict[str, Any]:

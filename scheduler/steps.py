@@ -25,15 +25,16 @@ Nothing here reads a clock or knows vLLM; times are seconds of one monotonic clo
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from heapq import heapify, heapreplace, nsmallest
-from itertools import accumulate, islice
+from heapq import nsmallest
+from itertools import islice
 from typing import Any, Final, NamedTuple
 
+from scheduler.paces import Paces
 from scheduler.prompts import Prompts
+from scheduler.room import room_for_borrowed
 from scheduler.step_rules import UNLIMITED, StepRules
 from scheduler.step_time import StepTimeFit
 from scheduler.streams import Decodes, StepSeat, Stream
@@ -41,7 +42,6 @@ from scheduler.turns import in_order
 
 _MORE_THAN_ANY: Final = 4_096
 """Sequences: no engine has that many slots, so entry need not open further bit by bit."""
-_HORIZON_TOKENS: Final = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,7 @@ class StepPolicy:
         self.held = 0
         self._held_decodes = 0
         self.prompts = Prompts(self.rules, step_tokens)
+        self.paces = Paces(self.rules)
         self._room = UNLIMITED
         """Borrowed decodes that may take part for the pace's sake,"""
         self._beside_prompts = UNLIMITED
@@ -97,10 +98,6 @@ class StepPolicy:
         """The borrowed decodes in the order of the last review if any were to be held then, and behind them
         those that came since."""
         self._decodes = Decodes()
-        self._needed: dict[StepSeat, float] = {}
-        """The rate that each seat with owed decodes should get, by the last review."""
-        self._least_lead_s = 0.0
-        """Of the seat that is furthest behind, in time of its rate; 0 if nobody is."""
         self._virtual = 0.0
         self._steps: deque[Composed] = deque()
         self._took: list[tuple[Composed, float]] = []
@@ -238,7 +235,7 @@ class StepPolicy:
         if self.allowed_s is not None:
             seconds = self.fit.model.seconds(prefill, decodes, kv_tokens)
             # The next review will see it; until then no further step may be stretched on the same lead.
-            self._least_lead_s -= max(0.0, seconds - self.allowed_s)
+            self.paces.least_lead_s -= max(0.0, seconds - self.allowed_s)
             # Prompts may fill a step up to what is allowed, or beyond.
             surprise_s = max(surprise_s, self.rules.surprise * seconds)
         self._steps.append(Composed(now, prefill, decodes, kv_tokens, surprise_s))
@@ -292,12 +289,10 @@ class StepPolicy:
         for step, seconds in self._took:
             self.fit.observe(step.prefill_tokens, step.decodes, step.kv_tokens, seconds)
         self._took.clear()
-        needed = self._needed = self._account(now)
+        self._account(now)
+        needed = self.paces.needed
         self._lone = next((seat for seat in needed if len(seat.streams) == len(self.streams)), None)
-        if needed:
-            fitting, borrowed = self._fitting(needed)
-        else:
-            self.allowed_s, fitting, borrowed = None, UNLIMITED, []
+        self.allowed_s, fitting, borrowed = self._fitting()
         # It grows by half at a time: a step that happened to be short is no reason to try twice the batch.
         grows = needed and self._room < UNLIMITED
         self._room = min(fitting, self._room + 2 + self._room // 2) if grows else fitting
@@ -305,10 +300,11 @@ class StepPolicy:
         self._hold_beyond(min(self._room, self._beside_prompts), borrowed, now)
         # Fewer may take part than would fit.
         self._shorten_steps()
+        # Who is held only because the batch grows bit by bit shall not wait for it long.
         if self._held_decodes and self._room < min(fitting, self._beside_prompts):
             self._until_review = self.rules.growing_review_steps
         spare = self._room > self._borrowed_count() + self._decodes.count // 2
-        easy_s = self._pace_s()
+        easy_s = self.paces.longest_without_leads_s()
         easy = spare and not self.held and self._coming_s() <= easy_s
         self._easy_s = easy_s if easy else float("inf")
         self._review_at = min(
@@ -322,9 +318,7 @@ class StepPolicy:
         if not self.held and self._borrowed_count() <= room:
             return
         if not borrowed:
-            borrowed = self._borrowed_decodes()
-            if len(borrowed) > room:
-                borrowed = self._in_order(borrowed)
+            borrowed = self._in_order() if self._borrowed_count() > room else self._borrowed_decodes()
         self._places = dict.fromkeys(borrowed)
         for stream in borrowed[:room]:
             if stream.held:
@@ -343,12 +337,11 @@ class StepPolicy:
         most = self.prompts.most_decodes(decodes.count, kv_tokens, self.fit.model, now)
         return most if most == UNLIMITED else max(0, most - decodes.owed)
 
-    def _account(self, now: float) -> dict[StepSeat, float]:
-        """Bring tags and leads up to `now`; the rate that each seat with an owed pace should get."""
-        needed: dict[StepSeat, float] = {}
-        self._least_lead_s = 0.0
+    def _account(self, now: float) -> None:
+        """Bring tags and leads up to `now`."""
         contended, lowest = self.held > 0, None
         self._count_overdue(now)
+        self.paces.begin()
         for seat in self.seats.values():
             owed, borrowed = seat.settle()
             seat.count_held(0, now)
@@ -356,16 +349,9 @@ class StepPolicy:
                 seat.tag += borrowed / seat.weight
             if seat.held and (lowest is None or seat.tag < lowest):
                 lowest = seat.tag
-            self._follow_lead(seat, owed + borrowed, now)
-            if seat.rate > 0.0:
-                self._least_lead_s = min(self._least_lead_s, seat.lead / seat.rate)
-            if paced := seat.paced():
-                rate = seat.guarantee_tok_s * paced
-                horizon_s = max(self.rules.horizon_s, _HORIZON_TOKENS / rate)
-                needed[seat] = max(0.5 * rate, self._aim(rate) - seat.lead / horizon_s)
+            self.paces.follow(seat, owed + borrowed, now)
         if lowest is not None:
             self._virtual = max(self._virtual, lowest)
-        return needed
 
     def _count_overdue(self, now: float) -> None:
         for seat in self.seats.values():
@@ -373,73 +359,16 @@ class StepPolicy:
         for stream in self.prompts.streams.values():
             stream.seat.overdue += stream.due <= now
 
-    def _follow_lead(self, seat: StepSeat, decoded: int, now: float) -> None:
-        """Bring the seat's lead up to `now`, by the rate that was owed until now."""
-        if seat.counted_at is not None:
-            rules = self.rules
-            lead = seat.lead + decoded - self._aim(seat.rate) * (now - seat.counted_at)
-            # A token more or less is neither lead nor lag.
-            most, least = max(1.0, seat.rate * rules.kept_lead_s), max(1.0, seat.rate * rules.kept_lag_s)
-            seat.lead = max(-least, min(most, lead))
-        seat.rate = seat.guarantee_tok_s * seat.owing()
-        if seat.rate > 0.0:
-            seat.counted_at = now
-        else:
-            seat.counted_at, seat.lead = None, 0.0
-
-    def _aim(self, rate: float) -> float:
-        """Tokens per second that a seat shall get, a little more than it is owed."""
-        return rate + max(self.rules.margin * rate, self.rules.margin_tok_s)
-
-    def _fitting(self, needed: dict[StepSeat, float]) -> tuple[int, list[Stream]]:
-        """How many borrowed decodes may take part; and, unless all may, these in the order in which they do.
-        Where all do, how many like them could."""
-        model, everything = self.fit.model, self._decodes
-        decodes = kv_tokens = 0
-        for seat in needed:
-            seat.visible = 0
-            for stream in seat.owed:
-                if stream.decoding:
-                    seat.visible += 1
-                    kv_tokens += stream.computed
-            decodes += seat.visible
-        allowed_s = min(seat.visible / rate for seat, rate in needed.items())
-        prompts = self.prompts.time_kept(allowed_s - model.seconds(0, decodes, kv_tokens), model)
+    def _fitting(self) -> tuple[float | None, int, list[Stream]]:
+        """The longest step that keeps everybody's pace; how many borrowed decodes may take part then; and,
+        unless all may, these in the order in which they do."""
+        needed = self.paces.needed
+        if not needed:
+            return None, UNLIMITED, []
         if self._lone is not None:
             # All of its sequences bring it tokens: none is held for its own sake.
-            self.allowed_s = everything.count / needed[self._lone]
-            return UNLIMITED, []
-        self.allowed_s = allowed_s
-        all_kv_tokens = everything.kv_tokens + everything.resting_kv_tokens
-        room_s = allowed_s - prompts - model.seconds(0, everything.count, all_kv_tokens)
-        if room_s >= 0.0:
-            return everything.count - decodes + self._more(everything.count, all_kv_tokens, room_s), []
-        borrowed = self._in_order(self._borrowed_decodes())
-        kv_with = list(accumulate(everything.computed(borrowed), initial=kv_tokens))
-
-        def seconds(count: int) -> float:
-            return model.seconds(0, decodes + count, kv_with[count]) + prompts
-
-        # As many as fit anyway are counted in at once.
-        fit = bisect_right(range(1, len(borrowed) + 1), allowed_s, key=seconds)
-        for stream in borrowed[:fit]:
-            stream.seat.visible += 1
-        tightest = _Tightest(needed)
-        for place in range(fit, len(borrowed)):
-            self.allowed_s = tightest.allowed_s
-            # The seat's own further sequences bring it tokens too, so each may be slower.
-            tightest.count_in(borrowed[place].seat)
-            if seconds(place + 1) > tightest.allowed_s:
-                return place, borrowed
-        self.allowed_s = tightest.allowed_s
-        room_s = self.allowed_s - prompts - model.seconds(0, decodes + len(borrowed), kv_with[-1])
-        return len(borrowed) + self._more(decodes + len(borrowed), kv_with[-1], room_s), borrowed
-
-    def _more(self, decodes: int, kv_tokens: int, room_s: float) -> int:
-        """How many further decodes like these `room_s` has room for."""
-        model, kv_each = self.fit.model, kv_tokens / max(1, decodes)
-        each_s = model.seconds(0, decodes + 1, kv_tokens + kv_each) - model.seconds(0, decodes, kv_tokens)
-        return int(min(UNLIMITED, max(0.0, room_s) / max(1e-9, each_s)))
+            return self._decodes.count / needed[self._lone], UNLIMITED, []
+        return room_for_borrowed(needed, self._decodes, self.prompts, self.fit.model, self._in_order)
 
     def _bring_to_room(self, now: float) -> None:
         """Between reviews: a borrowed decode came or went."""
@@ -458,26 +387,15 @@ class StepPolicy:
         """Between reviews: a seat that has fewer decodes in the steps than before needs shorter ones, and a
         batch that was easy may be so no more."""
         self._shorten_steps()
-        if self._needed and self._easy_s < float("inf"):
-            self._easy_s = self._pace_s()
+        if self.paces.needed and self._easy_s < float("inf"):
+            self._easy_s = self.paces.longest_without_leads_s()
             if self._held_decodes or self._coming_s() > self._easy_s:
                 self._choose(now)
 
     def _shorten_steps(self) -> None:
         """Allow no step that is too long for a seat with the decodes that it has in it."""
         if self.allowed_s is not None:
-            for seat, rate in self._needed.items():
-                self.allowed_s = min(self.allowed_s, (seat.decoding - seat.held) / rate)
-
-    def _pace_s(self) -> float:
-        """The longest step that brings every seat its pace, whatever its lead."""
-        return min(
-            (
-                (seat.decoding - seat.held) / self._aim(seat.guarantee_tok_s * seat.paced())
-                for seat in self._needed
-            ),
-            default=float("inf"),
-        )
+            self.allowed_s = min(self.allowed_s, self.paces.longest_s())
 
     def _coming_s(self) -> float:
         """How long the next step takes without prompts."""
@@ -494,8 +412,9 @@ class StepPolicy:
     def _borrowed_decodes(self) -> list[Stream]:
         return [stream for stream in self.streams.values() if not (stream.prefill_left or stream.owed)]
 
-    def _in_order(self, borrowed: list[Stream]) -> list[Stream]:
-        return in_order(borrowed, self._virtual, self._decodes.step, self.rules.turn_steps)
+    def _in_order(self) -> list[Stream]:
+        """The borrowed decodes in the order in which they take part."""
+        return in_order(self._borrowed_decodes(), self._virtual, self._decodes.step, self.rules.turn_steps)
 
     def _limit_borrowed(self, useful: int, now: float) -> None:
         """Let in no more than are of use; more at once only bit by bit."""
@@ -525,7 +444,7 @@ class StepPolicy:
         token_s = max(1e-9, model.prefill_token_s)
         # A lag that owed prompts may cause, borrowed ones may not.
         stretch_s = 0.0
-        if self._least_lead_s >= (-rules.kept_lead_s if owed else 0.0):
+        if self.paces.least_lead_s >= (-rules.kept_lead_s if owed else 0.0):
             stretch_s = min(rules.most_stretch_s, (rules.stretch - 1.0) * self.allowed_s)
         room_s = self.allowed_s + stretch_s - self._coming_s()
         # What brings owed first tokens in time has precedence over the others' pace.
@@ -557,30 +476,6 @@ class StepPolicy:
                 self._decodes.release(stream)
             stream.seat.held += change
             self._held_decodes += change
-
-
-class _Tightest:
-    """The longest step that brings every seat the tokens that it needs: tokens a step brings, by rate."""
-
-    def __init__(self, needed: dict[StepSeat, float]) -> None:
-        self._needed = needed
-        self._seats = [
-            (seat.visible / rate, place, seat) for place, (seat, rate) in enumerate(needed.items())
-        ]
-        heapify(self._seats)
-
-    @property
-    def allowed_s(self) -> float:
-        return self._seats[0][0]
-
-    def count_in(self, seat: StepSeat) -> None:
-        """One more of the seat's sequences takes part."""
-        seat.visible += 1
-        while (now_s := self._allowed_by(self._seats[0][2])) > self._seats[0][0]:
-            heapreplace(self._seats, (now_s, *self._seats[0][1:]))
-
-    def _allowed_by(self, seat: StepSeat) -> float:
-        return seat.visible / self._needed[seat]
 
 
 def _longest_held(stream: Stream) -> tuple[float, int]:

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,6 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("agent", "benchmarks", "boosts", "contract", "control_plane", "scheduler", "serving")
 TRACES = """
 import hashlib
 from benchmarks.simulator.adversaries import random_scenario
@@ -30,8 +30,12 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("compiled")
     for name in ("pyproject.toml", "setup.py"):
         shutil.copy(ROOT / name, source)
-    for name in PACKAGES:
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    for name in project["tool"]["setuptools"]["packages"]["find"]["include"]:
+        package = name.removesuffix("*")
+        shutil.copytree(
+            ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__", "results")
+        )
     pip = (sys.executable, "-m", "pip", "--quiet", "--no-input", "--disable-pip-version-check", "install")
     subprocess.run(
         [*pip, "--no-deps", "--no-build-isolation", "--target", str(target), str(source)],

@@ -371,8 +371,8 @@ def holds_outlast_their_reason(patch: Patch) -> None:
 def held_ones_never_rotate(patch: Patch) -> None:
     in_order = StepPolicy._in_order
 
-    def mutant(self: StepPolicy, borrowed: list[Stream]) -> list[Stream]:
-        return sorted(in_order(self, borrowed), key=lambda stream: stream.held)
+    def mutant(self: StepPolicy) -> list[Stream]:
+        return sorted(in_order(self), key=lambda stream: stream.held)
 
     patch.setattr(StepPolicy, "_in_order", mutant)
     patch.setattr(StepPolicy, "_bring_to_room", lambda self, now: None)

@@ -44,6 +44,19 @@ def test_quiet_seat_target_is_plain_over_ours() -> None:
     assert not _noisy({PLAIN: 2.0, SEATS: 1.0}).checks[0].met
 
 
+def test_results_name_no_folder_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = _noisy({PLAIN: 4.0, SEATS: 1.0})
+    result.config.update(model=str(tmp_path / "var" / "demo-model"), folder=tmp_path.parent / "out", seed=2)
+    data, _ = report.write_text(result, tmp_path)
+    told = json.loads(data.read_text())["config"]
+    assert (told["model"], told["folder"], told["seed"]) == ("var/demo-model", "out", 2)
+
+    result.config["model"] = "Qwen/Qwen3-0.6B"
+    report.write_text(result, tmp_path)
+    assert json.loads(data.read_text())["config"]["model"] == "Qwen/Qwen3-0.6B"
+
+
 def test_failed_quiet_requests_miss_the_target() -> None:
     assert not _noisy({PLAIN: 4.0, SEATS: 1.0}, ok=False).checks[1].met
 

@@ -157,7 +157,7 @@ class Engine:
         held = [self.policy.streams[name] for name in self.held]
         assert not any(stream.owed and stream.decoding for stream in held)
         assert plan.prefill_tokens is None or plan.prefill_tokens >= 0
-        for seat, rate in self.policy._needed.items():
+        for seat, rate in self.policy.paces.needed.items():
             # Its sequences that are held bring it nothing.
             assert self.policy.allowed_s is not None
             assert self.policy.allowed_s <= (seat.decoding - seat.held) / rate

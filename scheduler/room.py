@@ -1,0 +1,106 @@
+"""How many borrowed decodes steps have room for beside what is owed."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable
+from heapq import heapify, heapreplace
+from itertools import accumulate
+from typing import NamedTuple
+
+from contract.step_time import StepTime
+from scheduler.prompts import Prompts
+from scheduler.step_rules import UNLIMITED
+from scheduler.streams import Decodes, StepSeat, Stream
+
+
+class Room(NamedTuple):
+    """What steps have room for."""
+
+    allowed_s: float
+    """Longest step that keeps everybody's pace."""
+    decodes: int
+    """Borrowed ones that may take part; where all may, how many like them could."""
+    ordered: list[Stream]
+    """All borrowed decodes, in the order in which they take part; empty where all may anyway."""
+
+
+def room_for_borrowed(
+    needed: dict[StepSeat, float],
+    decodes: Decodes,
+    prompts: Prompts,
+    model: StepTime,
+    in_order: Callable[[], list[Stream]],
+) -> Room:
+    """How many borrowed decodes may take part without making steps too long for a seat.
+
+    `needed`: tokens per second, by seat with owed decodes; at least one. `in_order`: all borrowed decodes; to
+    put them in order costs, and where all fit nobody asks.
+    """
+    owed = kv_tokens = 0
+    for seat in needed:
+        seat.visible = 0
+        for stream in seat.owed:
+            if stream.decoding:
+                seat.visible += 1
+                kv_tokens += stream.computed
+        owed += seat.visible
+    allowed_s = min(seat.visible / rate for seat, rate in needed.items())
+    prompts_s = prompts.time_kept(allowed_s - model.seconds(0, owed, kv_tokens), model)
+    all_kv_tokens = decodes.kv_tokens + decodes.resting_kv_tokens
+    room_s = allowed_s - prompts_s - model.seconds(0, decodes.count, all_kv_tokens)
+    if room_s >= 0.0:
+        more = _more(model, decodes.count, all_kv_tokens, room_s)
+        return Room(allowed_s, decodes.count - owed + more, [])
+    borrowed = in_order()
+    kv_with = list(accumulate(decodes.computed(borrowed), initial=kv_tokens))
+
+    def seconds(count: int) -> float:
+        return model.seconds(0, owed + count, kv_with[count]) + prompts_s
+
+    # As many as fit anyway are counted in at once.
+    fit = bisect_right(range(1, len(borrowed) + 1), allowed_s, key=seconds)
+    for stream in borrowed[:fit]:
+        stream.seat.visible += 1
+    tightest = _Tightest(needed)
+    for place in range(fit, len(borrowed)):
+        allowed_s = tightest.allowed_s
+        # The seat's own further sequences bring it tokens too, so each may be slower.
+        tightest.count_in(borrowed[place].seat)
+        if seconds(place + 1) > tightest.allowed_s:
+            return Room(allowed_s, place, borrowed)
+    allowed_s = tightest.allowed_s
+    room_s = allowed_s - prompts_s - model.seconds(0, owed + len(borrowed), kv_with[-1])
+    more = _more(model, owed + len(borrowed), kv_with[-1], room_s)
+    return Room(allowed_s, len(borrowed) + more, borrowed)
+
+
+def _more(model: StepTime, decodes: int, kv_tokens: int, room_s: float) -> int:
+    """How many further decodes like these `room_s` has room for."""
+    kv_each = kv_tokens / max(1, decodes)
+    each_s = model.seconds(0, decodes + 1, kv_tokens + kv_each) - model.seconds(0, decodes, kv_tokens)
+    return int(min(UNLIMITED, max(0.0, room_s) / max(1e-9, each_s)))
+
+
+class _Tightest:
+    """The longest step that brings every seat the tokens that it needs: tokens a step brings, by rate."""
+
+    def __init__(self, needed: dict[StepSeat, float]) -> None:
+        self._needed = needed
+        self._seats = [
+            (seat.visible / rate, place, seat) for place, (seat, rate) in enumerate(needed.items())
+        ]
+        heapify(self._seats)
+
+    @property
+    def allowed_s(self) -> float:
+        return self._seats[0][0]
+
+    def count_in(self, seat: StepSeat) -> None:
+        """One more of the seat's sequences takes part."""
+        seat.visible += 1
+        while (now_s := self._allowed_by(self._seats[0][2])) > self._seats[0][0]:
+            heapreplace(self._seats, (now_s, *self._seats[0][1:]))
+
+    def _allowed_by(self, seat: StepSeat) -> float:
+        return seat.visible / self._needed[seat]
