@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from heapq import nsmallest
+from heapq import heapify, heappop, heappush
 from itertools import islice
 from typing import Any, Final, NamedTuple
 
@@ -40,6 +40,8 @@ from scheduler.step_time import StepTimeFit
 from scheduler.streams import Decodes, StepSeat, Stream
 from scheduler.turns import in_order
 
+_Held = tuple[float, int, int, Stream]
+"""Its seat's tag, when it was held, and its place in the order: the least is released first."""
 _MORE_THAN_ANY: Final = 4_096
 """Sequences: no engine has that many slots, so entry need not open further bit by bit."""
 
@@ -59,6 +61,8 @@ class Composed(NamedTuple):
 
     at: float
     prefill_tokens: int
+    first_tokens: int
+    """Prompts of which it computes the rest."""
     decodes: int
     kv_tokens: int
     surprise_s: float
@@ -94,9 +98,13 @@ class StepPolicy:
         """Borrowed decodes that may take part for the pace's sake,"""
         self._beside_prompts = UNLIMITED
         """and for the sake of the owed prompts that are being read."""
-        self._places: dict[Stream, None] = {}
+        self._places: dict[Stream, int] = {}
         """The borrowed decodes in the order of the last review if any were to be held then, and behind them
         those that came since."""
+        self._next_place = 0
+        self._longest_held: list[_Held] = []
+        """A heap of those of them that are held, once one was to be released since the last review; and of
+        some that left since."""
         self._decodes = Decodes()
         self._virtual = 0.0
         self._steps: deque[Composed] = deque()
@@ -225,10 +233,12 @@ class StepPolicy:
     def composed(self, scheduled: Mapping[Any, int], now: float) -> None:
         """The step that was made of the plan: tokens to compute, by stream."""
         prompts = self._decodes.advance(scheduled, self.prompts.streams)
-        decodes, kv_tokens, prefill = self._decodes.in_step, self._decodes.kv_tokens, 0
+        decodes, kv_tokens = self._decodes.in_step, self._decodes.kv_tokens
+        prefill = first_tokens = 0
         for stream, tokens in prompts:
             self._prefilled(stream, tokens)
             prefill += tokens
+            first_tokens += stream.decoding
             kv_tokens += stream.known
         self.prompts.count(prefill)
         surprise_s = self._easy_s
@@ -238,7 +248,7 @@ class StepPolicy:
             self.paces.least_lead_s -= max(0.0, seconds - self.allowed_s)
             # Prompts may fill a step up to what is allowed, or beyond.
             surprise_s = max(surprise_s, self.rules.surprise * seconds)
-        self._steps.append(Composed(now, prefill, decodes, kv_tokens, surprise_s))
+        self._steps.append(Composed(now, prefill, first_tokens, decodes, kv_tokens, surprise_s))
         self._until_review -= 1
 
     def _prefilled(self, stream: Stream, tokens: int) -> None:
@@ -251,19 +261,20 @@ class StepPolicy:
             self.prompts.drop(stream)
             self._decodes.begin(stream)
             stream.turn = stream.fixed_until = self._decodes.step
-            self._places[stream] = None
+            self._places[stream] = self._next_place
+            self._next_place += 1
             self._refill = True
             self._review |= stream.seat.classify() or stream.owed
             stream.seat.count(stream, 1)
 
-    def completed(self, now: float) -> bool:
-        """The oldest composed step is done; whether it had prompts."""
+    def completed(self, now: float) -> int:
+        """The oldest composed step is done; how many prompts it ended, whose first tokens it brings."""
         step = self._steps.popleft()
         seconds = now - max(self._last_end, step.at)
         self._last_end = now
         self._took.append((step, seconds))
         self._review |= seconds > step.surprise_s
-        return step.prefill_tokens > 0
+        return step.first_tokens
 
     # --- victims -----------------------------------------------------------------------------------
 
@@ -314,12 +325,13 @@ class StepPolicy:
 
     def _hold_beyond(self, room: int, borrowed: list[Stream], now: float) -> None:
         """Let `room` borrowed decodes take part; they are in `borrowed`, if they were put in order before."""
-        self._places = {}
+        self._places, self._longest_held = {}, []
         if not self.held and self._borrowed_count() <= room:
             return
         if not borrowed:
             borrowed = self._in_order() if self._borrowed_count() > room else self._borrowed_decodes()
-        self._places = dict.fromkeys(borrowed)
+        self._next_place = len(borrowed)
+        self._places = dict(zip(borrowed, range(self._next_place), strict=True))
         for stream in borrowed[:room]:
             if stream.held:
                 self._set_held(stream, False, now)
@@ -375,13 +387,27 @@ class StepPolicy:
         self._refill = False
         free = min(self._room, self._beside_prompts) + self._held_decodes - self._borrowed_count()
         if free > 0 and self._held_decodes:
-            # The next in the order may have been held by the review that made it: it had its turn.
-            held = [stream for stream in self._places if stream.held]
-            for stream in nsmallest(free, held, key=_longest_held):
-                self._set_held(stream, False, now)
+            self._release(free, now)
         elif free < 0:
             for stream in islice((each for each in reversed(self._places) if not each.held), -free):
                 self._set_held(stream, True, now)
+                if self._longest_held:
+                    heappush(self._longest_held, self._as_held(stream))
+
+    def _release(self, count: int, now: float) -> None:
+        """Let so many held decodes take part, not the next in the order: the review that made it may have
+        held them after their turn."""
+        if not self._longest_held:
+            self._longest_held = [self._as_held(stream) for stream in self._places if stream.held]
+            heapify(self._longest_held)
+        while count > 0 and self._longest_held:
+            _, _, place, stream = heappop(self._longest_held)
+            if self._places.get(stream) == place:
+                self._set_held(stream, False, now)
+                count -= 1
+
+    def _as_held(self, stream: Stream) -> _Held:
+        return (stream.seat.tag, stream.turn, self._places[stream], stream)
 
     def _keep_paces(self, now: float) -> None:
         """Between reviews: a seat that has fewer decodes in the steps than before needs shorter ones, and a
@@ -476,7 +502,3 @@ class StepPolicy:
                 self._decodes.release(stream)
             stream.seat.held += change
             self._held_decodes += change
-
-
-def _longest_held(stream: Stream) -> tuple[float, int]:
-    return (stream.seat.tag, stream.turn)

@@ -22,8 +22,10 @@ from vllm import __version__ as vllm_version
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.request import Request, RequestStatus
 
+from scheduler.step_rules import UNLIMITED
 from scheduler.step_time import StepTimeFit
 from scheduler.steps import StepPolicy
 from scheduler.streams import Stream
@@ -37,7 +39,7 @@ monotonic clock that the API process and EngineCore share."""
 
 _NEVER = 2**62
 _REFRESH_STEPS = 16
-"""Steps after which counters are published and the seats' terms are read again: how late a block's end
+"""Steps after which readings are published and the seats' terms are read again: how late a block's end
 reaches running requests."""
 _READY = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 
@@ -64,9 +66,7 @@ class SeatScheduler(AsyncScheduler):
         self._most_tokens = self.max_num_scheduled_tokens
         self._until_refresh = 0
         self._preempted = 0
-        self._published: tuple[float, ...] = ()
-        self._published_samples = 0
-        """What was published last, and the samples of the fit that was."""
+        self._published_limit = UNLIMITED
         self._own_s = 0.0
         """Our own time so far in the step that is being made, CPU time of this thread, and"""
         self._own_times: list[float] = []
@@ -88,6 +88,10 @@ class SeatScheduler(AsyncScheduler):
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
         began = time.thread_time()
         self._step_policy.leave(request.request_id, time.monotonic())
+        if not self._step_policy.streams:
+            # There may be no further step for long.
+            self._open_entry()
+            self._publish()
         self._own_s += time.thread_time() - began
         return super()._free_request(request, delay_free_blocks)
 
@@ -110,7 +114,9 @@ class SeatScheduler(AsyncScheduler):
         began = time.thread_time()
         self._tell_cached(output)
         self._step_policy.composed(output.num_scheduled_tokens, time.monotonic())
-        self._publish()
+        self._open_entry()
+        if self._until_refresh == _REFRESH_STEPS:
+            self._publish()
         self._own_times.append(self._own_s + own_s + time.thread_time() - began)
         self._own_s = 0.0
         return output
@@ -118,16 +124,13 @@ class SeatScheduler(AsyncScheduler):
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         began = time.thread_time()
         # One call for each call of `schedule`, in the same order.
-        had_prompts = self._step_policy.completed(time.monotonic())
+        first_tokens = self._step_policy.completed(time.monotonic())
         self._own_s += time.thread_time() - began
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        if had_prompts:
+        if first_tokens:
             began = time.thread_time()
             for each in outputs.values():
-                # The API process answers in this order, which takes it long for a large batch: first who
-                # waits for a first token. vLLM tells of the prompt with that, and never again.
-                if first := [output for output in each.outputs if output.prefill_stats is not None]:
-                    each.outputs = first + [out for out in each.outputs if out.prefill_stats is None]
+                _put_first_tokens_first(each.outputs, first_tokens)
             self._own_s += time.thread_time() - began
         return outputs
 
@@ -238,24 +241,24 @@ class SeatScheduler(AsyncScheduler):
             else:
                 self._step_policy.forget_seat(row)
                 del self._rows[row]
-        self._table.count_own_time(self._own_times)
-        self._own_times.clear()
+
+    def _open_entry(self) -> None:
+        """Tell admission at once how much more borrowed work is of use."""
+        limit = self._step_policy.borrowed_limit
+        if limit != self._published_limit:
+            self._published_limit = limit
+            self._table.write(borrowed_limit=limit)
 
     def _publish(self) -> None:
         policy = self._step_policy
-        held, limit, allowed_s = policy.held, policy.borrowed_limit, policy.allowed_s or 0.0
-        state = (held, limit, allowed_s, self._preempted)
-        if state != self._published:
-            self._published = state
-            self._table.write(held=held, borrowed_limit=limit, allowed_s=allowed_s, preempted=self._preempted)
-        if policy.fit.samples != self._published_samples:
-            self._published_samples = policy.fit.samples
-            self._publish_model()
-
-    def _publish_model(self) -> None:
-        fit = self._step_policy.fit
+        fit = policy.fit
         model = fit.model
+        self._table.count_own_time(self._own_times)
+        self._own_times.clear()
         self._table.write(
+            held=policy.held,
+            allowed_s=policy.allowed_s or 0.0,
+            preempted=self._preempted,
             model_samples=fit.samples,
             model_error=fit.error,
             base_s=model.base_s,
@@ -265,6 +268,19 @@ class SeatScheduler(AsyncScheduler):
             experts_s=model.experts_s,
             active_share=model.active_share,
         )
+
+
+def _put_first_tokens_first(outputs: list[EngineCoreOutput], count: int) -> None:
+    """Put up to `count` first tokens in front: the API process answers in this order, which takes it long for
+    a large batch. They are sought from the end, where prompts are but while KV cache is short."""
+    first: list[EngineCoreOutput] = []
+    place = len(outputs)
+    while place and len(first) < count:
+        place -= 1
+        # vLLM tells of the prompt with its first token, and never again.
+        if outputs[place].prefill_stats is not None:
+            first.append(outputs.pop(place))
+    outputs[:0] = reversed(first)
 
 
 def _refuse_unknown(config: VllmConfig) -> None:

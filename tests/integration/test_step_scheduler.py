@@ -265,8 +265,8 @@ def test_an_owed_arrival_takes_the_slot_of_a_borrowed_one(new_stepper: Callable[
     assert owed in stepper.step().num_scheduled_tokens
     assert len(stepper.preempted) == 1
     assert stepper.preempted[0] in borrowed
-    assert stepper.table.read().preempted == 1
     stepper.finish()
+    assert stepper.table.read().preempted == 1
     assert {len(stepper.made[name]) for name in borrowed} == {200}
     assert len(stepper.made[owed]) == 50
 
@@ -565,7 +565,7 @@ TIGHT = 0.85
 
 @pytest.fixture
 def solo_tok_s(step_node: RunningNode) -> float:
-    """What one stream makes alone, measured anew for each test: a shared machine's speed drifts over minutes."""
+    """What one stream makes alone, anew for each test: a shared machine's speed drifts over minutes."""
     seat = step_node.new_seat()
 
     async def measure(clients: Clients) -> float:
