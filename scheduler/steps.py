@@ -28,8 +28,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
-from itertools import islice
 from typing import Any, Final, NamedTuple
 
 from scheduler.paces import Paces
@@ -38,10 +36,8 @@ from scheduler.room import room_for_borrowed
 from scheduler.step_rules import UNLIMITED, StepRules
 from scheduler.step_time import StepTimeFit
 from scheduler.streams import Decodes, StepSeat, Stream
-from scheduler.turns import in_order
+from scheduler.turns import Order, in_order
 
-_Held = tuple[float, int, int, Stream]
-"""Its seat's tag, when it was held, and its place in the order: the least is released first."""
 _MORE_THAN_ANY: Final = 4_096
 """Sequences: no engine has that many slots, so entry need not open further bit by bit."""
 
@@ -98,13 +94,8 @@ class StepPolicy:
         """Borrowed decodes that may take part for the pace's sake,"""
         self._beside_prompts = UNLIMITED
         """and for the sake of the owed prompts that are being read."""
-        self._places: dict[Stream, int] = {}
-        """The borrowed decodes in the order of the last review if any were to be held then, and behind them
-        those that came since."""
-        self._next_place = 0
-        self._longest_held: list[_Held] = []
-        """A heap of those of them that are held, once one was to be released since the last review; and of
-        some that left since."""
+        self._order = Order()
+        """Of the borrowed decodes; those of the last review are in it if any were to be held then."""
         self._decodes = Decodes()
         self._virtual = 0.0
         self._steps: deque[Composed] = deque()
@@ -210,7 +201,7 @@ class StepPolicy:
 
     def _gave_way(self, stream: Stream) -> None:
         """The stream ceased to run."""
-        self._places.pop(stream, None)
+        self._order.drop(stream)
         self._refill = True
         if stream.owed:
             stream.seat.classify()
@@ -261,8 +252,7 @@ class StepPolicy:
             self.prompts.drop(stream)
             self._decodes.begin(stream)
             stream.turn = stream.fixed_until = self._decodes.step
-            self._places[stream] = self._next_place
-            self._next_place += 1
+            self._order.append(stream)
             self._refill = True
             self._review |= stream.seat.classify() or stream.owed
             stream.seat.count(stream, 1)
@@ -325,13 +315,12 @@ class StepPolicy:
 
     def _hold_beyond(self, room: int, borrowed: list[Stream], now: float) -> None:
         """Let `room` borrowed decodes take part; they are in `borrowed`, if they were put in order before."""
-        self._places, self._longest_held = {}, []
+        self._order = Order()
         if not self.held and self._borrowed_count() <= room:
             return
         if not borrowed:
             borrowed = self._in_order() if self._borrowed_count() > room else self._borrowed_decodes()
-        self._next_place = len(borrowed)
-        self._places = dict(zip(borrowed, range(self._next_place), strict=True))
+        self._order = Order(borrowed)
         for stream in borrowed[:room]:
             if stream.held:
                 self._set_held(stream, False, now)
@@ -387,27 +376,12 @@ class StepPolicy:
         self._refill = False
         free = min(self._room, self._beside_prompts) + self._held_decodes - self._borrowed_count()
         if free > 0 and self._held_decodes:
-            self._release(free, now)
-        elif free < 0:
-            for stream in islice((each for each in reversed(self._places) if not each.held), -free):
-                self._set_held(stream, True, now)
-                if self._longest_held:
-                    heappush(self._longest_held, self._as_held(stream))
-
-    def _release(self, count: int, now: float) -> None:
-        """Let so many held decodes take part, not the next in the order: the review that made it may have
-        held them after their turn."""
-        if not self._longest_held:
-            self._longest_held = [self._as_held(stream) for stream in self._places if stream.held]
-            heapify(self._longest_held)
-        while count > 0 and self._longest_held:
-            _, _, place, stream = heappop(self._longest_held)
-            if self._places.get(stream) == place:
+            for stream in self._order.longest_held(free):
                 self._set_held(stream, False, now)
-                count -= 1
-
-    def _as_held(self, stream: Stream) -> _Held:
-        return (stream.seat.tag, stream.turn, self._places[stream], stream)
+        elif free < 0:
+            for stream in self._order.last(-free):
+                self._set_held(stream, True, now)
+                self._order.note_held(stream)
 
     def _keep_paces(self, now: float) -> None:
         """Between reviews: a seat that has fewer decodes in the steps than before needs shorter ones, and a

@@ -2,12 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from heapq import heapify, heappop, heappush
+from itertools import islice
 from operator import attrgetter
 
 from scheduler.streams import StepSeat, Stream
 
 _LAST_CHANGE = attrgetter("turn")
 _PLACE = attrgetter("place")
+_Held = tuple[float, int, int, Stream]
+"""Its seat's tag, the step in which it was held, and its place: the least has been held longest."""
+
+
+class Order:
+    """The order of the last review, and behind it the decodes that came since: who is next between reviews.
+
+    Invariant: while a seat has held decodes its tag does not change between reviews.
+    """
+
+    def __init__(self, ordered: Sequence[Stream] = ()) -> None:
+        self._places = {stream: place for place, stream in enumerate(ordered)}
+        self._next_place = len(ordered)
+        self._held: list[_Held] = []
+        """A heap of those that are held and of some that left; empty until one is asked for."""
+
+    def append(self, stream: Stream) -> None:
+        """It decodes from now on."""
+        self._places[stream] = self._next_place
+        self._next_place += 1
+
+    def drop(self, stream: Stream) -> None:
+        """It decodes no more."""
+        self._places.pop(stream, None)
+
+    def last(self, count: int) -> list[Stream]:
+        """The last that take part, for the caller to hold at once."""
+        return list(islice((each for each in reversed(self._places) if not each.held), count))
+
+    def note_held(self, stream: Stream) -> None:
+        """It was held since the review."""
+        if self._held:
+            heappush(self._held, self._entry(stream))
+
+    def longest_held(self, count: int) -> list[Stream]:
+        """Those that have been held longest, for the caller to release at once.
+
+        Not the first in the order: the review that made it may have held them after their turn.
+        """
+        if not self._held:
+            self._held = [self._entry(stream) for stream in self._places if stream.held]
+            heapify(self._held)
+        released: list[Stream] = []
+        while self._held and len(released) < count:
+            _, _, place, stream = heappop(self._held)
+            if self._places.get(stream) == place:
+                released.append(stream)
+        return released
+
+    def _entry(self, stream: Stream) -> _Held:
+        return (stream.seat.tag, stream.turn, self._places[stream], stream)
 
 
 def in_order(borrowed: list[Stream], virtual: float, step: int, turn_steps: int) -> list[Stream]:

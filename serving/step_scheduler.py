@@ -25,7 +25,6 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.request import Request, RequestStatus
 
-from scheduler.step_rules import UNLIMITED
 from scheduler.step_time import StepTimeFit
 from scheduler.steps import StepPolicy
 from scheduler.streams import Stream
@@ -66,7 +65,6 @@ class SeatScheduler(AsyncScheduler):
         self._most_tokens = self.max_num_scheduled_tokens
         self._until_refresh = 0
         self._preempted = 0
-        self._published_limit = UNLIMITED
         self._own_s = 0.0
         """Our own time so far in the step that is being made, CPU time of this thread, and"""
         self._own_times: list[float] = []
@@ -90,7 +88,6 @@ class SeatScheduler(AsyncScheduler):
         self._step_policy.leave(request.request_id, time.monotonic())
         if not self._step_policy.streams:
             # There may be no further step for long.
-            self._open_entry()
             self._publish()
         self._own_s += time.thread_time() - began
         return super()._free_request(request, delay_free_blocks)
@@ -114,7 +111,8 @@ class SeatScheduler(AsyncScheduler):
         began = time.thread_time()
         self._tell_cached(output)
         self._step_policy.composed(output.num_scheduled_tokens, time.monotonic())
-        self._open_entry()
+        # Admission goes by it; the rest is for those who watch.
+        self._table.write(borrowed_limit=self._step_policy.borrowed_limit)
         if self._until_refresh == _REFRESH_STEPS:
             self._publish()
         self._own_times.append(self._own_s + own_s + time.thread_time() - began)
@@ -242,13 +240,6 @@ class SeatScheduler(AsyncScheduler):
                 self._step_policy.forget_seat(row)
                 del self._rows[row]
 
-    def _open_entry(self) -> None:
-        """Tell admission at once how much more borrowed work is of use."""
-        limit = self._step_policy.borrowed_limit
-        if limit != self._published_limit:
-            self._published_limit = limit
-            self._table.write(borrowed_limit=limit)
-
     def _publish(self) -> None:
         policy = self._step_policy
         fit = policy.fit
@@ -257,6 +248,7 @@ class SeatScheduler(AsyncScheduler):
         self._own_times.clear()
         self._table.write(
             held=policy.held,
+            borrowed_limit=policy.borrowed_limit,
             allowed_s=policy.allowed_s or 0.0,
             preempted=self._preempted,
             model_samples=fit.samples,

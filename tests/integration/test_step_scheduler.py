@@ -341,6 +341,19 @@ def test_a_first_token_is_told_before_the_others_next_ones(new_stepper: Callable
     assert len(stepper.told) == SLOTS
 
 
+@pytest.mark.parametrize(
+    ("outputs", "count", "told"),
+    [("abCDE", 3, "CDEab"), ("aCbDe", 2, "CDabe"), ("abC", 2, "Cab"), ("", 1, "")],
+)
+def test_first_tokens_are_put_in_front_wherever_they_are(outputs: str, count: int, told: str) -> None:
+    """Capitals: with few blocks prompts are not last, and one that was preempted tells of its prompt once."""
+    from serving.step_scheduler import _put_first_tokens_first
+
+    each: Any = [SimpleNamespace(name=n, prefill_stats=object() if n.isupper() else None) for n in outputs]
+    _put_first_tokens_first(each, count)
+    assert "".join(output.name for output in each) == told
+
+
 def test_full_kv_cache_takes_from_borrowed_work_first(new_stepper: Callable[..., Stepper]) -> None:
     # 8 sequences of 408 tokens need 208 blocks.
     stepper = new_stepper(kv_blocks=120)

@@ -1,5 +1,5 @@
 from scheduler.streams import Decodes, StepSeat, Stream
-from scheduler.turns import in_order
+from scheduler.turns import Order, in_order
 
 TURN = 32
 
@@ -62,3 +62,59 @@ def test_weight_brings_turns_sooner() -> None:
     streams += [decode(f"heavy{n}", heavy, turn=n, fixed_until=0) for n in range(4)]
     ordered = [str(name)[:5] for name in names(in_order(streams, 0.0, 100, TURN))]
     assert ordered == ["light", "heavy", "heavy", "light", "heavy", "heavy"]
+
+
+def release(order: Order, count: int) -> list[object]:
+    released = order.longest_held(count)
+    for stream in released:
+        stream.held = False
+    return names(released)
+
+
+def hold(order: Order, stream: Stream, turn: int) -> None:
+    stream.turn, stream.held = turn, True
+    order.note_held(stream)
+
+
+def test_who_has_been_held_longest_is_released_first_and_of_equals_the_first_in_the_order() -> None:
+    seat = seat_of(Decodes())
+    turns = {"a": 30, "b": 20, "c": 20, "runs": 10, "d": 40}
+    order = Order([decode(n, seat, turn=t, fixed_until=0, held=n != "runs") for n, t in turns.items()])
+    assert release(order, 3) == ["b", "c", "a"]
+    assert release(order, 3) == ["d"]
+
+
+def test_the_seat_that_is_furthest_behind_is_released_first() -> None:
+    decodes = Decodes()
+    ahead, behind = seat_of(decodes, tag=9.0), seat_of(decodes, tag=3.0)
+    long, short = (
+        decode("long", ahead, turn=1, fixed_until=0, held=True),
+        decode("short", behind, turn=8, fixed_until=0, held=True),
+    )
+    assert release(Order([long, short]), 2) == ["short", "long"]
+
+
+def test_who_is_held_or_leaves_between_reviews_is_counted_in() -> None:
+    seat = seat_of(Decodes())
+    streams = [decode(n, seat, turn=t, fixed_until=0, held=True) for t, n in enumerate("abcde")]
+    order = Order(streams)
+    assert release(order, 1) == ["a"]
+    order.drop(streams[1])
+    hold(order, streams[0], 50)
+    late = decode("late", seat, turn=0, fixed_until=0)
+    order.append(late)
+    hold(order, late, 40)
+    # It came back, but decodes anew, and is not held.
+    order.drop(streams[2])
+    streams[2].held = False
+    order.append(streams[2])
+    assert release(order, 9) == ["d", "e", "late", "a"]
+
+
+def test_the_last_that_take_part_are_held_first() -> None:
+    seat = seat_of(Decodes())
+    streams = [decode(n, seat, turn=0, fixed_until=0, held=n == "c") for n in "abc"]
+    order = Order(streams)
+    assert names(order.last(1)) == ["b"]
+    order.append(decode("d", seat, turn=0, fixed_until=0))
+    assert names(order.last(2)) == ["d", "b"]
