@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from heapq import heapify, heapreplace
-from itertools import accumulate
 from typing import NamedTuple
 
 from contract.step_time import StepTime
@@ -21,8 +19,8 @@ class Room(NamedTuple):
     """Longest step that keeps everybody's pace."""
     decodes: int
     """Borrowed ones that may take part; where all may, how many like them could."""
-    ordered: list[Stream]
-    """All borrowed decodes, in the order in which they take part; empty where all may anyway."""
+    first: list[Stream]
+    """These, in the order in which they take part; not looked for where all may anyway."""
 
 
 def room_for_borrowed(
@@ -30,12 +28,12 @@ def room_for_borrowed(
     decodes: Decodes,
     prompts: Prompts,
     model: StepTime,
-    in_order: Callable[[], list[Stream]],
+    in_order: Callable[[], Iterator[Stream]],
 ) -> Room:
     """How many borrowed decodes may take part without making steps too long for a seat.
 
-    `needed`: tokens per second, by seat with owed decodes; at least one. `in_order`: all borrowed decodes; to
-    put them in order costs, and where all fit nobody asks.
+    `needed`: tokens per second, by seat with owed decodes; at least one. `in_order`: all borrowed decodes, of
+    which no more are asked for than fit.
     """
     owed = kv_tokens = 0
     for seat in needed:
@@ -52,27 +50,20 @@ def room_for_borrowed(
     if room_s >= 0.0:
         more = _more(model, decodes.count, all_kv_tokens, room_s)
         return Room(allowed_s, decodes.count - owed + more, [])
-    borrowed = in_order()
-    kv_with = list(accumulate(decodes.computed(borrowed), initial=kv_tokens))
-
-    def seconds(count: int) -> float:
-        return model.seconds(0, owed + count, kv_with[count]) + prompts_s
-
-    # As many as fit anyway are counted in at once.
-    fit = bisect_right(range(1, len(borrowed) + 1), allowed_s, key=seconds)
-    for stream in borrowed[:fit]:
-        stream.seat.visible += 1
     tightest = _Tightest(needed)
-    for place in range(fit, len(borrowed)):
+    first: list[Stream] = []
+    for stream in in_order():
         allowed_s = tightest.allowed_s
         # The seat's own further sequences bring it tokens too, so each may be slower.
-        tightest.count_in(borrowed[place].seat)
-        if seconds(place + 1) > tightest.allowed_s:
-            return Room(allowed_s, place, borrowed)
+        tightest.count_in(stream.seat)
+        with_it = kv_tokens + stream.computed
+        if model.seconds(0, owed + len(first) + 1, with_it) + prompts_s > tightest.allowed_s:
+            return Room(allowed_s, len(first), first)
+        first.append(stream)
+        kv_tokens = with_it
     allowed_s = tightest.allowed_s
-    room_s = allowed_s - prompts_s - model.seconds(0, owed + len(borrowed), kv_with[-1])
-    more = _more(model, owed + len(borrowed), kv_with[-1], room_s)
-    return Room(allowed_s, len(borrowed) + more, borrowed)
+    room_s = allowed_s - prompts_s - model.seconds(0, owed + len(first), kv_tokens)
+    return Room(allowed_s, len(first) + _more(model, owed + len(first), kv_tokens, room_s), first)
 
 
 def _more(model: StepTime, decodes: int, kv_tokens: int, room_s: float) -> int:

@@ -26,8 +26,9 @@ Nothing here reads a clock or knows vLLM; times are seconds of one monotonic clo
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Final, NamedTuple
 
 from scheduler.paces import Paces
@@ -36,7 +37,7 @@ from scheduler.room import room_for_borrowed
 from scheduler.step_rules import UNLIMITED, StepRules
 from scheduler.step_time import StepTimeFit
 from scheduler.streams import Decodes, StepSeat, Stream
-from scheduler.turns import Order, in_order
+from scheduler.turns import in_order, longest_held
 
 _MORE_THAN_ANY: Final = 4_096
 """Sequences: no engine has that many slots, so entry need not open further bit by bit."""
@@ -94,8 +95,9 @@ class StepPolicy:
         """Borrowed decodes that may take part for the pace's sake,"""
         self._beside_prompts = UNLIMITED
         """and for the sake of the owed prompts that are being read."""
-        self._order = Order()
-        """Of the borrowed decodes; those of the last review are in it if any were to be held then."""
+        self._taking_part: dict[Stream, None] = {}
+        """Borrowed decodes that do, in the order of the last review and then of time; where that had nothing
+        to hold, only those that came since."""
         self._decodes = Decodes()
         self._virtual = 0.0
         self._steps: deque[Composed] = deque()
@@ -173,7 +175,7 @@ class StepPolicy:
         else:
             self.prompts.drop(stream)
         if not self.streams:
-            self.borrowed_limit = UNLIMITED
+            self.borrowed_limit, self.allowed_s = UNLIMITED, None
 
     def preempted(self, stream_id: Hashable, recompute_tokens: int, now: float) -> None:
         """The sequence lost its KV cache and waits, held no more; it prefills `recompute_tokens` again."""
@@ -201,7 +203,7 @@ class StepPolicy:
 
     def _gave_way(self, stream: Stream) -> None:
         """The stream ceased to run."""
-        self._order.drop(stream)
+        self._taking_part.pop(stream, None)
         self._refill = True
         if stream.owed:
             stream.seat.classify()
@@ -252,7 +254,7 @@ class StepPolicy:
             self.prompts.drop(stream)
             self._decodes.begin(stream)
             stream.turn = stream.fixed_until = self._decodes.step
-            self._order.append(stream)
+            self._taking_part[stream] = None
             self._refill = True
             self._review |= stream.seat.classify() or stream.owed
             stream.seat.count(stream, 1)
@@ -293,12 +295,12 @@ class StepPolicy:
         self._account(now)
         needed = self.paces.needed
         self._lone = next((seat for seat in needed if len(seat.streams) == len(self.streams)), None)
-        self.allowed_s, fitting, borrowed = self._fitting()
+        self.allowed_s, fitting, first = self._fitting()
         # It grows by half at a time: a step that happened to be short is no reason to try twice the batch.
         grows = needed and self._room < UNLIMITED
         self._room = min(fitting, self._room + 2 + self._room // 2) if grows else fitting
         self._beside_prompts = self._room_beside_prompts(now)
-        self._hold_beyond(min(self._room, self._beside_prompts), borrowed, now)
+        self._hold_beyond(min(self._room, self._beside_prompts), first, now)
         # Fewer may take part than would fit.
         self._shorten_steps()
         # Who is held only because the batch grows bit by bit shall not wait for it long.
@@ -313,24 +315,23 @@ class StepPolicy:
         )
         self._limit_borrowed(self._room + max(1, int(self._room * self.rules.spare_share)), now)
 
-    def _hold_beyond(self, room: int, borrowed: list[Stream], now: float) -> None:
-        """Let `room` borrowed decodes take part; they are in `borrowed`, if they were put in order before."""
-        self._order = Order()
+    def _hold_beyond(self, room: int, first: list[Stream], now: float) -> None:
+        """Let `room` borrowed decodes take part; `first`: the first in order, if anybody asked for that."""
         if not self.held and self._borrowed_count() <= room:
+            self._taking_part.clear()
             return
-        if not borrowed:
-            borrowed = self._in_order() if self._borrowed_count() > room else self._borrowed_decodes()
-        self._order = Order(borrowed)
-        for stream in borrowed[:room]:
+        chosen = dict.fromkeys(first[:room] or islice(self._in_order(), room))
+        for stream in chosen:
             if stream.held:
                 self._set_held(stream, False, now)
-        for stream in borrowed[room:]:
-            if not stream.held:
-                self._set_held(stream, True, now)
         for seat in self.seats.values():
+            # Who has run longest is held last, and so released last.
+            for stream in [each for each in reversed(seat.borrowed_running) if each not in chosen]:
+                self._set_held(stream, True, now)
             for stream in seat.owed:
                 if stream.held:
                     self._set_held(stream, False, now)
+        self._taking_part = chosen
 
     def _room_beside_prompts(self, now: float) -> int:
         decodes = self._decodes
@@ -362,7 +363,7 @@ class StepPolicy:
 
     def _fitting(self) -> tuple[float | None, int, list[Stream]]:
         """The longest step that keeps everybody's pace; how many borrowed decodes may take part then; and,
-        unless all may, these in the order in which they do."""
+        unless all may, the first of these in their order."""
         needed = self.paces.needed
         if not needed:
             return None, UNLIMITED, []
@@ -376,12 +377,11 @@ class StepPolicy:
         self._refill = False
         free = min(self._room, self._beside_prompts) + self._held_decodes - self._borrowed_count()
         if free > 0 and self._held_decodes:
-            for stream in self._order.longest_held(free):
+            for stream in longest_held(self.seats.values(), free):
                 self._set_held(stream, False, now)
         elif free < 0:
-            for stream in self._order.last(-free):
+            for stream in list(islice(reversed(self._taking_part), -free)):
                 self._set_held(stream, True, now)
-                self._order.note_held(stream)
 
     def _keep_paces(self, now: float) -> None:
         """Between reviews: a seat that has fewer decodes in the steps than before needs shorter ones, and a
@@ -409,12 +409,9 @@ class StepPolicy:
     def _borrowed_count(self) -> int:
         return self._decodes.count - self._decodes.owed
 
-    def _borrowed_decodes(self) -> list[Stream]:
-        return [stream for stream in self.streams.values() if not (stream.prefill_left or stream.owed)]
-
-    def _in_order(self) -> list[Stream]:
+    def _in_order(self) -> Iterator[Stream]:
         """The borrowed decodes in the order in which they take part."""
-        return in_order(self._borrowed_decodes(), self._virtual, self._decodes.step, self.rules.turn_steps)
+        return in_order(self.seats.values(), self._virtual, self._decodes.step, self.rules.turn_steps)
 
     def _limit_borrowed(self, useful: int, now: float) -> None:
         """Let in no more than are of use; more at once only bit by bit."""
@@ -467,12 +464,16 @@ class StepPolicy:
         self.held += change
         stream.seat.count_held(change, now)
         if stream.decoding:
+            if not stream.owed:
+                stream.seat.queue(stream)
             if held:
+                self._taking_part.pop(stream, None)
                 self._decodes.hold(stream)
                 if not stream.seat.held:
                     # From now on it lacks something; what it did while it did not is no lead and no lag.
                     stream.seat.tag = max(stream.seat.tag, self._virtual)
             else:
+                self._taking_part[stream] = None
                 self._decodes.release(stream)
             stream.seat.held += change
             self._held_decodes += change

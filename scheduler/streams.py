@@ -19,7 +19,6 @@ class Stream:
         "joined",
         "known",
         "owed",
-        "place",
         "preemptions",
         "prefill_left",
         "ready",
@@ -51,8 +50,6 @@ class Stream:
         """The step at which it was held or released last."""
         self.fixed_until = 0
         """The step from which on it may be so again."""
-        self.place = 0.0
-        """In the order of borrowed decodes that is being made: the virtual time at which its turn comes."""
 
     @property
     def decoding(self) -> bool:
@@ -96,16 +93,13 @@ class Decodes:
         outside = self._outside.values()
         return len(self._batch) + len(outside), self.kv_tokens + sum(stream.known for stream in outside)
 
-    def computed(self, streams: list[Stream]) -> list[int]:
-        """`Stream.computed` of each: a review asks for that of every borrowed decode, and calls cost."""
-        step = self.step
-        return [each.known if each.joined is None else each.known + step - each.joined for each in streams]
-
     def begin(self, stream: Stream) -> None:
         """The sequence's prompt is computed."""
         self.count += 1
         self.owed += stream.owed
         stream.seat.decoding += 1
+        if not stream.owed:
+            stream.seat.queue(stream)
         self.resting_kv_tokens += stream.known
         self._outside[stream.stream_id] = stream
 
@@ -126,6 +120,7 @@ class Decodes:
         self.count -= 1
         self.owed -= stream.owed
         stream.seat.decoding -= 1
+        stream.seat.unqueue(stream)
         self.resting_kv_tokens -= stream.known
 
     def advance(
@@ -170,7 +165,9 @@ class StepSeat:
 
     __slots__ = (
         "borrowed_decoded",
+        "borrowed_held",
         "borrowed_in_step",
+        "borrowed_running",
         "counted_at",
         "counted_step",
         "decodes",
@@ -210,6 +207,10 @@ class StepSeat:
         """Its sequences that decode,"""
         self.held = 0
         """and those of them that are held."""
+        self.borrowed_running: dict[Stream, None] = {}
+        """Its borrowed decodes that take part,"""
+        self.borrowed_held: dict[Stream, None] = {}
+        """and those that are held; in both, who has been there longest comes first."""
         self.rate = 0.0
         """What it was owed when its lead was counted last, tokens per second."""
         self.lead = 0.0
@@ -251,9 +252,11 @@ class StepSeat:
         if owed == self.owed:
             return False
         for stream in self.owed:
-            self._set_owed(stream, False)
+            if stream not in owed:
+                self._set_owed(stream, False)
         for stream in owed:
-            self._set_owed(stream, True)
+            if not stream.owed:
+                self._set_owed(stream, True)
         self.owed = owed
         return True
 
@@ -265,6 +268,20 @@ class StepSeat:
             self.count_in(stream, -1)
             stream.owed = owed
             self.count_in(stream, 1)
+        if owed:
+            self.unqueue(stream)
+        elif stream.decoding:
+            self.queue(stream)
+
+    def queue(self, stream: Stream) -> None:
+        """It is a borrowed decode from now on, or was held or released."""
+        self.unqueue(stream)
+        (self.borrowed_held if stream.held else self.borrowed_running)[stream] = None
+
+    def unqueue(self, stream: Stream) -> None:
+        """It is no borrowed decode any more."""
+        self.borrowed_running.pop(stream, None)
+        self.borrowed_held.pop(stream, None)
 
     def paced(self) -> int:
         """How many of its owed sequences decode."""

@@ -4,7 +4,7 @@ Each mutation patches the running class, no source. `caught_by` names the oracle
 speak: a mutation that some other oracle notices by accident is not enough.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -361,9 +361,9 @@ def borrowed_work_gives_way_nowhere(patch: Patch) -> None:
 def holds_outlast_their_reason(patch: Patch) -> None:
     hold_beyond = StepPolicy._hold_beyond
 
-    def mutant(self: StepPolicy, room: int, borrowed: list[Stream], now: float) -> None:
+    def mutant(self: StepPolicy, room: int, first: list[Stream], now: float) -> None:
         if room < self._borrowed_count():
-            hold_beyond(self, room, borrowed, now)
+            hold_beyond(self, room, first, now)
 
     patch.setattr(StepPolicy, "_hold_beyond", mutant)
 
@@ -371,8 +371,8 @@ def holds_outlast_their_reason(patch: Patch) -> None:
 def held_ones_never_rotate(patch: Patch) -> None:
     in_order = StepPolicy._in_order
 
-    def mutant(self: StepPolicy) -> list[Stream]:
-        return sorted(in_order(self), key=lambda stream: stream.held)
+    def mutant(self: StepPolicy) -> Iterator[Stream]:
+        return iter(sorted(in_order(self), key=lambda stream: stream.held))
 
     patch.setattr(StepPolicy, "_in_order", mutant)
     patch.setattr(StepPolicy, "_bring_to_room", lambda self, now: None)

@@ -1276,12 +1276,14 @@ def test_entry_opens_again_after_a_guarantee_that_was_not_feasible() -> None:
     assert engine.policy.borrowed_limit > 100
 
 
-def test_entry_is_unlimited_once_nothing_is_left() -> None:
+def test_entry_and_steps_are_unlimited_once_nothing_is_left() -> None:
     engine = engine_with(300.0, 60)
     engine.run(1.0)
+    assert engine.policy.allowed_s is not None
     for name in list(engine.jobs):
         engine.abort(name)
     assert engine.policy.borrowed_limit == UNLIMITED
+    assert engine.policy.allowed_s is None
     assert engine.policy.held == 0
 
 

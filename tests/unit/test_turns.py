@@ -1,120 +1,119 @@
+from collections.abc import Callable
+
+import pytest
+
 from scheduler.streams import Decodes, StepSeat, Stream
-from scheduler.turns import Order, in_order
+from scheduler.turns import in_order, longest_held
 
 TURN = 32
 
 
-def seat_of(decodes: Decodes, *, tag: float = 0.0, weight: float = 1.0) -> StepSeat:
-    seat = StepSeat(tag, decodes)
+def seat_of(*, tag: float = 0.0, weight: float = 1.0) -> StepSeat:
+    seat = StepSeat(tag, Decodes())
     seat.weight = weight
     return seat
 
 
-def decode(name: str, seat: StepSeat, *, turn: int, fixed_until: int, held: bool = False) -> Stream:
+def decode(name: str, seat: StepSeat, *, turn: int = 0, fixed_until: int = 0, held: bool = False) -> Stream:
     stream = Stream(name, seat, 0, 0.0)
     stream.turn, stream.fixed_until, stream.held = turn, fixed_until, held
+    seat.decodes.begin(stream)
     return stream
 
 
-def of_every_kind(seat: StepSeat) -> list[Stream]:
-    """At step 100, youngest last; `ran` took part for longer than `ran late`."""
-    return [
-        decode("just held", seat, turn=90, fixed_until=122, held=True),
-        decode("ran", seat, turn=10, fixed_until=42),
-        decode("waited", seat, turn=60, fixed_until=92, held=True),
-        decode("in turn", seat, turn=80, fixed_until=112),
-        decode("waited longest", seat, turn=30, fixed_until=62, held=True),
-        decode("ran late", seat, turn=20, fixed_until=52),
-    ]
+def of_every_kind(seat: StepSeat) -> None:
+    """At step 100; `ran` took part for longer than `ran late`."""
+    decode("ran", seat, turn=10, fixed_until=42)
+    decode("ran late", seat, turn=20, fixed_until=52)
+    decode("waited longest", seat, turn=30, fixed_until=62, held=True)
+    decode("waited", seat, turn=60, fixed_until=92, held=True)
+    decode("in turn", seat, turn=80, fixed_until=112)
+    decode("began", seat, turn=85, fixed_until=85)
+    decode("just held", seat, turn=90, fixed_until=122, held=True)
 
 
-def names(streams: list[Stream]) -> list[object]:
-    return [stream.stream_id for stream in streams]
+def order(*seats: StepSeat, virtual: float = 0.0) -> list[object]:
+    return [stream.stream_id for stream in in_order(seats, virtual, 100, TURN)]
 
 
 def test_in_a_seat_who_is_in_a_turn_comes_first_and_who_was_just_held_last() -> None:
-    ordered = in_order(of_every_kind(seat_of(Decodes())), 0.0, 100, TURN)
-    assert names(ordered) == ["in turn", "waited longest", "waited", "ran late", "ran", "just held"]
+    of_every_kind(seat := seat_of())
+    assert order(seat) == ["in turn", "waited longest", "waited", "began", "ran late", "ran", "just held"]
 
 
 def test_a_seat_has_the_same_order_beside_others() -> None:
-    decodes = Decodes()
-    seat = seat_of(decodes)
-    alone = names(in_order(of_every_kind(seat), 0.0, 100, TURN))
-    other = decode("other", seat_of(decodes, tag=40.0), turn=0, fixed_until=0)
-    beside = names(in_order([*of_every_kind(seat), other], 0.0, 100, TURN))
-    assert beside == [*alone[:2], "other", *alone[2:]]
+    of_every_kind(seat := seat_of())
+    alone = order(seat)
+    other = seat_of(tag=40.0)
+    decode("other", other)
+    assert order(seat, other, seat_of()) == [*alone[:2], "other", *alone[2:]]
 
 
 def test_a_seat_of_which_nothing_is_held_is_lifted_and_another_is_not() -> None:
-    decodes = Decodes()
-    idle, lacking = seat_of(decodes), seat_of(decodes)
+    idle, lacking = seat_of(), seat_of()
     lacking.held = 1
-    in_order([decode("a", idle, turn=0, fixed_until=0)], 70.0, 100, TURN)
-    in_order([decode("b", lacking, turn=0, fixed_until=0)], 70.0, 100, TURN)
+    decode("a", idle)
+    decode("b", lacking)
+    assert order(idle, lacking, virtual=70.0) == ["b", "a"]
     assert (idle.tag, lacking.tag) == (70.0, 0.0)
 
 
 def test_weight_brings_turns_sooner() -> None:
-    decodes = Decodes()
-    heavy, light = seat_of(decodes, weight=2.0), seat_of(decodes)
-    streams = [decode(f"light{n}", light, turn=n, fixed_until=0) for n in range(2)]
-    streams += [decode(f"heavy{n}", heavy, turn=n, fixed_until=0) for n in range(4)]
-    ordered = [str(name)[:5] for name in names(in_order(streams, 0.0, 100, TURN))]
-    assert ordered == ["light", "heavy", "heavy", "light", "heavy", "heavy"]
+    heavy, light = seat_of(weight=2.0), seat_of()
+    for n in range(4):
+        decode(f"heavy {n}", heavy, turn=n)
+    for n in range(2):
+        decode(f"light {n}", light, turn=n)
+    assert order(light, heavy) == ["light 1", "heavy 3", "heavy 2", "light 0", "heavy 1", "heavy 0"]
 
 
-def release(order: Order, count: int) -> list[object]:
-    released = order.longest_held(count)
-    for stream in released:
-        stream.held = False
-    return names(released)
+def longest(*seats: StepSeat, count: int) -> list[object]:
+    return [stream.stream_id for stream in longest_held(seats, count)]
 
 
-def hold(order: Order, stream: Stream, turn: int) -> None:
-    stream.turn, stream.held = turn, True
-    order.note_held(stream)
+def test_who_has_been_held_longest_is_released_first() -> None:
+    seat = seat_of()
+    streams = [decode(name, seat, held=name != "runs") for name in ("a", "b", "runs", "c")]
+    # It was released and held again.
+    for held in (False, True):
+        streams[0].held = held
+        seat.queue(streams[0])
+    assert longest(seat, count=2) == ["b", "c"]
+    assert longest(seat, count=9) == ["b", "c", "a"]
 
 
-def test_who_has_been_held_longest_is_released_first_and_of_equals_the_first_in_the_order() -> None:
-    seat = seat_of(Decodes())
-    turns = {"a": 30, "b": 20, "c": 20, "runs": 10, "d": 40}
-    order = Order([decode(n, seat, turn=t, fixed_until=0, held=n != "runs") for n, t in turns.items()])
-    assert release(order, 3) == ["b", "c", "a"]
-    assert release(order, 3) == ["d"]
+def test_the_seat_that_is_furthest_behind_is_released_first_and_of_equals_who_was_held_first() -> None:
+    ahead, behind, equal = seat_of(tag=9.0), seat_of(tag=3.0), seat_of(tag=3.0)
+    decode("long", ahead, turn=1, held=True)
+    decode("short", behind, turn=8, held=True)
+    decode("shorter", behind, turn=9, held=True)
+    decode("longer", equal, turn=7, held=True)
+    assert longest(ahead, behind, equal, seat_of(), count=9) == ["longer", "short", "shorter", "long"]
 
 
-def test_the_seat_that_is_furthest_behind_is_released_first() -> None:
-    decodes = Decodes()
-    ahead, behind = seat_of(decodes, tag=9.0), seat_of(decodes, tag=3.0)
-    long, short = (
-        decode("long", ahead, turn=1, fixed_until=0, held=True),
-        decode("short", behind, turn=8, fixed_until=0, held=True),
-    )
-    assert release(Order([long, short]), 2) == ["short", "long"]
+def become_owed(seat: StepSeat, stream: Stream) -> None:
+    seat.streams[stream.stream_id] = stream
+    seat.guarantee_tok_s = 1.0
+    seat.classify()
 
 
-def test_who_is_held_or_leaves_between_reviews_is_counted_in() -> None:
-    seat = seat_of(Decodes())
-    streams = [decode(n, seat, turn=t, fixed_until=0, held=True) for t, n in enumerate("abcde")]
-    order = Order(streams)
-    assert release(order, 1) == ["a"]
-    order.drop(streams[1])
-    hold(order, streams[0], 50)
-    late = decode("late", seat, turn=0, fixed_until=0)
-    order.append(late)
-    hold(order, late, 40)
-    # It came back, but decodes anew, and is not held.
-    order.drop(streams[2])
-    streams[2].held = False
-    order.append(streams[2])
-    assert release(order, 9) == ["d", "e", "late", "a"]
+def end(seat: StepSeat, stream: Stream) -> None:
+    seat.decodes.end(stream)
 
 
-def test_the_last_that_take_part_are_held_first() -> None:
-    seat = seat_of(Decodes())
-    streams = [decode(n, seat, turn=0, fixed_until=0, held=n == "c") for n in "abc"]
-    order = Order(streams)
-    assert names(order.last(1)) == ["b"]
-    order.append(decode("d", seat, turn=0, fixed_until=0))
-    assert names(order.last(2)) == ["d", "b"]
+@pytest.mark.parametrize("ceases", [become_owed, end])
+@pytest.mark.parametrize("held", [True, False])
+def test_who_is_owed_or_over_is_in_no_order(ceases: Callable[[StepSeat, Stream], None], held: bool) -> None:
+    seat = seat_of()
+    ceases(seat, decode("a", seat, held=held))
+    assert order(seat) == longest(seat, count=1) == []
+
+
+def test_a_decode_that_is_owed_no_more_counts_as_one_that_begins() -> None:
+    seat = seat_of()
+    owed = decode("owed", seat)
+    become_owed(seat, owed)
+    decode("other", seat)
+    seat.guarantee_tok_s = 0.0
+    seat.classify()
+    assert order(seat) == ["owed", "other"]
