@@ -46,19 +46,18 @@ class Paces:
 
     def longest_s(self) -> float:
         """The longest step that brings every seat what it needs, with the decodes that take part."""
-        return min(
-            ((seat.decoding - seat.held) / rate for seat, rate in self.needed.items()), default=float("inf")
-        )
+        longest_s = float("inf")
+        for seat, rate in self.needed.items():
+            longest_s = min(longest_s, (seat.decoding - seat.held) / rate)
+        return longest_s
 
     def longest_without_leads_s(self) -> float:
         """The longest step that brings every seat its pace, whatever its lead."""
-        return min(
-            (
-                (seat.decoding - seat.held) / self._aim(seat.guarantee_tok_s * seat.paced())
-                for seat in self.needed
-            ),
-            default=float("inf"),
-        )
+        longest_s = float("inf")
+        for seat in self.needed:
+            aim = self._aim(seat.guarantee_tok_s * seat.paced())
+            longest_s = min(longest_s, (seat.decoding - seat.held) / aim)
+        return longest_s
 
     def _aim(self, rate: float) -> float:
         """Tokens per second that a seat shall get, a little more than it is owed."""

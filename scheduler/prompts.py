@@ -12,7 +12,7 @@ from typing import Final
 
 from contract.step_time import StepTime
 from scheduler.step_rules import UNLIMITED, StepRules
-from scheduler.streams import Stream
+from scheduler.streams import Decodes, Stream
 
 _GAIN: Final = 1 / 64
 
@@ -20,13 +20,14 @@ _GAIN: Final = 1 / 64
 class Prompts:
     """The sequences that have tokens to prefill, waiting or running. Only the step policy changes it."""
 
-    def __init__(self, rules: StepRules, step_tokens: int) -> None:
+    def __init__(self, rules: StepRules, step_tokens: int, decodes: Decodes) -> None:
         """`step_tokens`: the most that the engine computes in one step, prompts and decodes together."""
         self.streams: dict[Hashable, Stream] = {}
         self._begun: dict[Hashable, Stream] = {}
         """Those of them that run."""
         self._rules = rules
         self._step_tokens = step_tokens
+        self._decodes = decodes
         self._tokens = 0.0
         """In a step, mean of late."""
         self._made_way = False
@@ -55,13 +56,21 @@ class Prompts:
 
     def owed_waiting(self) -> list[Stream]:
         """The owed ones that have not begun."""
+        if not self._some_are_owed():
+            return []
         return [stream for stream in self.streams.values() if stream.owed and not stream.running]
 
     def owed(self) -> list[Stream]:
         """The owed ones that the engine can work at."""
+        if not self._some_are_owed():
+            return []
         return [
             stream for stream in self.streams.values() if stream.owed and (stream.running or stream.ready)
         ]
+
+    def _some_are_owed(self) -> bool:
+        """Seldom so, and many may wait."""
+        return self._decodes.owed < self._decodes.owed_in_all
 
     def keep_back(self, owed: list[Stream], *, tight: bool) -> Iterator[tuple[Stream, bool]]:
         """Of each that has begun, whether it stands in the way of an owed one; all borrowed ones do if it is

@@ -4,23 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from heapq import heapify, heapreplace
-from typing import NamedTuple
 
 from contract.step_time import StepTime
 from scheduler.prompts import Prompts
 from scheduler.step_rules import UNLIMITED
 from scheduler.streams import Decodes, StepSeat, Stream
-
-
-class Room(NamedTuple):
-    """What steps have room for."""
-
-    allowed_s: float
-    """Longest step that keeps everybody's pace."""
-    decodes: int
-    """Borrowed ones that may take part; where all may, how many like them could."""
-    first: list[Stream]
-    """These, in the order in which they take part; not looked for where all may anyway."""
 
 
 def room_for_borrowed(
@@ -29,8 +17,11 @@ def room_for_borrowed(
     prompts: Prompts,
     model: StepTime,
     in_order: Callable[[], Iterator[Stream]],
-) -> Room:
+) -> tuple[float, int, list[Stream]]:
     """How many borrowed decodes may take part without making steps too long for a seat.
+
+    Returns the longest step that keeps everybody's pace, in seconds; how many borrowed decodes may take part,
+    where all may how many like them could; and these in their order, unless all may anyway.
 
     `needed`: tokens per second, by seat with owed decodes; at least one. `in_order`: all borrowed decodes, of
     which no more are asked for than fit.
@@ -43,14 +34,14 @@ def room_for_borrowed(
                 seat.visible += 1
                 kv_tokens += stream.computed
         owed += seat.visible
-    allowed_s = min(seat.visible / rate for seat, rate in needed.items())
+    tightest = _Tightest(needed)
+    allowed_s = tightest.allowed_s
     prompts_s = prompts.time_kept(allowed_s - model.seconds(0, owed, kv_tokens), model)
     all_kv_tokens = decodes.kv_tokens + decodes.resting_kv_tokens
     room_s = allowed_s - prompts_s - model.seconds(0, decodes.count, all_kv_tokens)
     if room_s >= 0.0:
         more = _more(model, decodes.count, all_kv_tokens, room_s)
-        return Room(allowed_s, decodes.count - owed + more, [])
-    tightest = _Tightest(needed)
+        return allowed_s, decodes.count - owed + more, []
     first: list[Stream] = []
     for stream in in_order():
         allowed_s = tightest.allowed_s
@@ -58,12 +49,12 @@ def room_for_borrowed(
         tightest.count_in(stream.seat)
         with_it = kv_tokens + stream.computed
         if model.seconds(0, owed + len(first) + 1, with_it) + prompts_s > tightest.allowed_s:
-            return Room(allowed_s, len(first), first)
+            return allowed_s, len(first), first
         first.append(stream)
         kv_tokens = with_it
     allowed_s = tightest.allowed_s
     room_s = allowed_s - prompts_s - model.seconds(0, owed + len(first), kv_tokens)
-    return Room(allowed_s, len(first) + _more(model, owed + len(first), kv_tokens, room_s), first)
+    return allowed_s, len(first) + _more(model, owed + len(first), kv_tokens, room_s), first
 
 
 def _more(model: StepTime, decodes: int, kv_tokens: int, room_s: float) -> int:
@@ -90,8 +81,9 @@ class _Tightest:
     def count_in(self, seat: StepSeat) -> None:
         """One more of the seat's sequences takes part."""
         seat.visible += 1
-        while (now_s := self._allowed_by(self._seats[0][2])) > self._seats[0][0]:
-            heapreplace(self._seats, (now_s, *self._seats[0][1:]))
-
-    def _allowed_by(self, seat: StepSeat) -> float:
-        return seat.visible / self._needed[seat]
+        while True:
+            before_s, place, tightest = self._seats[0]
+            now_s = tightest.visible / self._needed[tightest]
+            if now_s <= before_s:
+                return
+            heapreplace(self._seats, (now_s, place, tightest))

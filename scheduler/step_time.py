@@ -32,7 +32,7 @@ _TYPICAL = (1.0, 256.0, 16.0, 8_192.0, 0.5)
 _SOLVE_EVERY: Final = 16
 _MEMORY: Final = 2_000
 """Steps after which a sample has lost two thirds of its weight."""
-_FADING = [(1.0 - 1.0 / _MEMORY) ** age for age in reversed(range(_SOLVE_EVERY))]
+_FADING: Final = [(1.0 - 1.0 / _MEMORY) ** age for age in reversed(range(_SOLVE_EVERY))]
 """What is left of the weight of the last samples, oldest first."""
 _SPEED_GAIN: Final = 0.05
 _ERROR_GAIN: Final = 0.02
@@ -177,12 +177,13 @@ def _scaled(model: StepTime) -> list[float]:
 
 
 def _row(model: StepTime, prefill_tokens: float, decodes: float, kv_tokens: float) -> list[float]:
+    units = _UNITS
     return [
         1.0,
-        prefill_tokens / _UNITS[1],
-        decodes / _UNITS[2],
-        kv_tokens / _UNITS[3],
-        model.touched(decodes) / _UNITS[4] if model.active_share else 0.0,
+        prefill_tokens / units[1],
+        decodes / units[2],
+        kv_tokens / units[3],
+        model.touched(decodes) / units[4] if model.active_share else 0.0,
     ]
 
 

@@ -27,9 +27,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from scheduler.paces import Paces
 from scheduler.prompts import Prompts
@@ -43,27 +42,42 @@ _MORE_THAN_ANY: Final = 4_096
 """Sequences: no engine has that many slots, so entry need not open further bit by bit."""
 
 
-@dataclass(frozen=True, slots=True)
 class Plan:
     """What the engine's adapter has to change before the next step."""
 
-    changed: tuple[Stream, ...]
-    """Streams whose `held` has changed since the last plan."""
-    prefill_tokens: int | None
-    """Prompt tokens that the step may take beside its decodes; None for as many as the engine can."""
+    __slots__ = ("changed", "prefill_tokens")
+
+    def __init__(self, changed: list[Stream], prefill_tokens: int | None) -> None:
+        self.changed = changed
+        """Streams whose `held` has changed since the last plan."""
+        self.prefill_tokens = prefill_tokens
+        """Prompt tokens that the step may take beside its decodes; None for as many as the engine can."""
 
 
-class Composed(NamedTuple):
+class Composed:
     """What is in a step that is on its way through the engine."""
 
-    at: float
-    prefill_tokens: int
-    first_tokens: int
-    """Prompts of which it computes the rest."""
-    decodes: int
-    kv_tokens: int
-    surprise_s: float
-    """If it takes longer, the batch is reviewed."""
+    __slots__ = ("at", "decodes", "first_tokens", "kv_tokens", "prefill_tokens", "surprise_s", "took_s")
+
+    def __init__(
+        self,
+        at: float,
+        prefill_tokens: int,
+        first_tokens: int,
+        decodes: int,
+        kv_tokens: int,
+        surprise_s: float,
+    ) -> None:
+        self.at = at
+        self.prefill_tokens = prefill_tokens
+        self.first_tokens = first_tokens
+        """Prompts of which it computes the rest."""
+        self.decodes = decodes
+        self.kv_tokens = kv_tokens
+        self.surprise_s = surprise_s
+        """If it takes longer, the batch is reviewed."""
+        self.took_s = 0.0
+        """Once it is done."""
 
 
 class StepPolicy:
@@ -89,7 +103,6 @@ class StepPolicy:
         """Borrowed sequences that are of use in the engine at present; more would only be held."""
         self.held = 0
         self._held_decodes = 0
-        self.prompts = Prompts(self.rules, step_tokens)
         self.paces = Paces(self.rules)
         self._room = UNLIMITED
         """Borrowed decodes that may take part for the pace's sake,"""
@@ -99,10 +112,11 @@ class StepPolicy:
         """Borrowed decodes that do, in the order of the last review and then of time; where that had nothing
         to hold, only those that came since."""
         self._decodes = Decodes()
+        self.prompts = Prompts(self.rules, step_tokens, self._decodes)
         self._virtual = 0.0
         self._steps: deque[Composed] = deque()
-        self._took: list[tuple[Composed, float]] = []
-        """Steps that are done, with their seconds, since the last review: learned from all at once."""
+        self._done: list[Composed] = []
+        """Steps since the last review: learned from all at once."""
         self._last_end = 0.0
         self._until_review = 0
         self._review = False
@@ -219,7 +233,7 @@ class StepPolicy:
             self._bring_to_room(now)
             self._keep_paces(now)
         prefill_tokens = self._plan_prompts(now) if self.prompts.streams else None
-        changed = tuple(stream for stream, held in self._changed.items() if stream.held != held)
+        changed = [stream for stream, held in self._changed.items() if stream.held != held]
         self._changed.clear()
         return Plan(changed, prefill_tokens)
 
@@ -262,10 +276,10 @@ class StepPolicy:
     def completed(self, now: float) -> int:
         """The oldest composed step is done; how many prompts it ended, whose first tokens it brings."""
         step = self._steps.popleft()
-        seconds = now - max(self._last_end, step.at)
+        step.took_s = now - max(self._last_end, step.at)
         self._last_end = now
-        self._took.append((step, seconds))
-        self._review |= seconds > step.surprise_s
+        self._done.append(step)
+        self._review |= step.took_s > step.surprise_s
         return step.first_tokens
 
     # --- victims -----------------------------------------------------------------------------------
@@ -289,9 +303,9 @@ class StepPolicy:
     def _choose(self, now: float) -> None:
         self._review = self._refill = False
         self._until_review = self.rules.review_steps
-        for step, seconds in self._took:
-            self.fit.observe(step.prefill_tokens, step.decodes, step.kv_tokens, seconds)
-        self._took.clear()
+        for step in self._done:
+            self.fit.observe(step.prefill_tokens, step.decodes, step.kv_tokens, step.took_s)
+        self._done.clear()
         self._account(now)
         needed = self.paces.needed
         self._lone = next((seat for seat in needed if len(seat.streams) == len(self.streams)), None)
@@ -399,7 +413,8 @@ class StepPolicy:
 
     def _coming_s(self) -> float:
         """How long the next step takes without prompts."""
-        return self.fit.model.seconds(0, *self._decodes.coming())
+        decodes, kv_tokens = self._decodes.coming()
+        return self.fit.model.seconds(0, decodes, kv_tokens)
 
     def _next_due(self, now: float) -> float:
         """When the next owed prompt is overdue: from then on its seat is owed its rate."""

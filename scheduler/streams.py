@@ -67,7 +67,8 @@ class Decodes:
     Whoever takes part in a step makes one token and grows by one, and from step to step few come or go. So
     only those are looked at, and sums follow by difference: what a step costs hardly grows with the batch.
 
-    Invariants: `count` sequences decode, `owed` of them are owed; `kv_tokens` are those of the ones in the
+    Invariants: `count` sequences decode, `owed` of them are owed, as are `owed_in_all` with those that do not
+    decode yet; `kv_tokens` are those of the ones in the
     batch, and `resting_kv_tokens` those of the others; whoever decodes is in the batch, held or outside.
     """
 
@@ -76,6 +77,7 @@ class Decodes:
         """Steps so far."""
         self.count = 0
         self.owed = 0
+        self.owed_in_all = 0
         self.kv_tokens = 0
         self.resting_kv_tokens = 0
         self._batch: dict[Hashable, Stream] = {}
@@ -261,7 +263,9 @@ class StepSeat:
         return True
 
     def _set_owed(self, stream: Stream, owed: bool) -> None:
-        self.decodes.owed += stream.decoding * (owed - stream.owed)
+        change = owed - stream.owed
+        self.decodes.owed_in_all += change
+        self.decodes.owed += stream.decoding * change
         if stream.joined is None:
             stream.owed = owed
         else:

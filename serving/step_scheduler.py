@@ -63,6 +63,7 @@ class SeatScheduler(AsyncScheduler):
         """What the policy was told of the seats that it knows."""
         self._trusted = 0.0
         self._most_tokens = self.max_num_scheduled_tokens
+        self._block_pool = self.kv_cache_manager.block_pool
         self._until_refresh = 0
         self._preempted = 0
         self._own_s = 0.0
@@ -112,7 +113,7 @@ class SeatScheduler(AsyncScheduler):
         self._tell_cached(output)
         self._step_policy.composed(output.num_scheduled_tokens, time.monotonic())
         # Admission goes by it; the rest is for those who watch.
-        self._table.write(borrowed_limit=self._step_policy.borrowed_limit)
+        self._table.limit_borrowed(self._step_policy.borrowed_limit)
         if self._until_refresh == _REFRESH_STEPS:
             self._publish()
         self._own_times.append(self._own_s + own_s + time.thread_time() - began)
@@ -182,7 +183,7 @@ class SeatScheduler(AsyncScheduler):
             self.running = [request for request in self.running if request not in last] + prompts
 
     def _free_blocks_left(self) -> int:
-        return int(self.kv_cache_manager.block_pool.get_num_free_blocks())
+        return int(self._block_pool.get_num_free_blocks())
 
     def _short_of_blocks(self, ready: list[Request]) -> bool:
         # With what the running ones take of it in the same step, before these come to their turn.

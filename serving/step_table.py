@@ -88,6 +88,7 @@ class StepReadings:
 
 
 _NAMES = {field.name: _HEAD + place for place, field in enumerate(fields(StepReadings))}
+_BORROWED_LIMIT = _NAMES["borrowed_limit"]
 _SEED = _HEAD + len(_NAMES)
 _SEED_LENGTH = 7
 _BUCKETS = _SEED + _SEED_LENGTH
@@ -119,7 +120,7 @@ class StepTable:
         table = cls(memory)
         for place, value in enumerate((*astuple(seed), seed_samples)):
             cells[_SEED + place] = value
-        table.write(borrowed_limit=UNLIMITED)
+        table.limit_borrowed(UNLIMITED)
         table.write_seat(NOBODY, SeatRow(0.0, 1.0, 1.0, 1.0))
         return table, Path(file.name)
 
@@ -163,6 +164,10 @@ class StepTable:
         for name, value in readings.items():
             self._cells[_NAMES[name]] = value
 
+    def limit_borrowed(self, limit: float) -> None:
+        """Set `borrowed_limit`, as the step scheduler does in each step: `write` takes longer."""
+        self._cells[_BORROWED_LIMIT] = limit
+
     def count_own_time(self, took: Iterable[float]) -> None:
         """Count steps by the own time that each took, in seconds."""
         for seconds in took:
@@ -174,7 +179,7 @@ class StepTable:
         return StepReadings(*self._cells[_HEAD : _HEAD + len(_NAMES)].tolist())
 
     def borrowed_limit(self) -> int:
-        return int(self._cells[_NAMES["borrowed_limit"]])
+        return int(self._cells[_BORROWED_LIMIT])
 
     def own_time_counts(self) -> list[float]:
         """Steps by bucket of `OWN_TIME_US`."""
