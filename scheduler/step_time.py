@@ -29,10 +29,11 @@ _UNITS = (1.0, 100.0, 10.0, 10_000.0, 0.1)
 """Per term a usual size, so that all columns are of one magnitude."""
 _TYPICAL = (1.0, 256.0, 16.0, 8_192.0, 0.5)
 """The step at which the seed weighs as much as the samples that it stands for."""
-_SOLVE_EVERY: Final = 16
+SOLVE_EVERY: Final = 16
+"""Samples after which `model` is renewed."""
 _MEMORY: Final = 2_000
 """Steps after which a sample has lost two thirds of its weight."""
-_FADING: Final = [(1.0 - 1.0 / _MEMORY) ** age for age in reversed(range(_SOLVE_EVERY))]
+_FADING: Final = [(1.0 - 1.0 / _MEMORY) ** age for age in reversed(range(SOLVE_EVERY))]
 """What is left of the weight of the last samples, oldest first."""
 _SPEED_GAIN: Final = 0.05
 _ERROR_GAIN: Final = 0.02
@@ -112,7 +113,7 @@ class StepTimeFit:
         fresh[_TERMS].append(seen_s)
         fresh[_TERMS + 1].append(1.0 / (fitted * fitted))
         self.samples += 1
-        if len(fresh[0]) == _SOLVE_EVERY:
+        if len(fresh[0]) == SOLVE_EVERY:
             self._take_in()
             self._solve()
 
@@ -120,9 +121,9 @@ class StepTimeFit:
         """Let the sums fade, and add the samples since the last time."""
         kept = _FADING[0] * (1.0 - 1.0 / _MEMORY)
         columns, seconds, weights = self._fresh[:_TERMS], self._fresh[_TERMS], self._fresh[_TERMS + 1]
-        faded = [weights[i] * _FADING[i] for i in range(_SOLVE_EVERY)]
+        faded = [weights[i] * _FADING[i] for i in range(SOLVE_EVERY)]
         for i in range(_TERMS):
-            weighted = [columns[i][k] * faded[k] for k in range(_SOLVE_EVERY)]
+            weighted = [columns[i][k] * faded[k] for k in range(SOLVE_EVERY)]
             line = self._rows[i]
             for j in range(i, _TERMS):
                 line[j] = line[j] * kept + _dot(weighted, columns[j])

@@ -34,7 +34,7 @@ from scheduler.paces import Paces
 from scheduler.prompts import Prompts
 from scheduler.room import room_for_borrowed
 from scheduler.step_rules import UNLIMITED, StepRules
-from scheduler.step_time import StepTimeFit
+from scheduler.step_time import SOLVE_EVERY, StepTimeFit
 from scheduler.streams import Decodes, StepSeat, Stream
 from scheduler.turns import in_order, longest_held
 
@@ -116,7 +116,7 @@ class StepPolicy:
         self._virtual = 0.0
         self._steps: deque[Composed] = deque()
         self._done: list[Composed] = []
-        """Steps since the last review: learned from all at once."""
+        """Steps that nothing was learned from yet."""
         self._last_end = 0.0
         self._until_review = 0
         self._review = False
@@ -303,9 +303,8 @@ class StepPolicy:
     def _choose(self, now: float) -> None:
         self._review = self._refill = False
         self._until_review = self.rules.review_steps
-        for step in self._done:
-            self.fit.observe(step.prefill_tokens, step.decodes, step.kv_tokens, step.took_s)
-        self._done.clear()
+        if len(self._done) >= SOLVE_EVERY:
+            self._learn()
         self._account(now)
         needed = self.paces.needed
         self._lone = next((seat for seat in needed if len(seat.streams) == len(self.streams)), None)
@@ -328,6 +327,14 @@ class StepPolicy:
             self._next_due(now), now + (self.rules.easy_review_s if easy else self.rules.review_s)
         )
         self._limit_borrowed(self._room + max(1, int(self._room * self.rules.spare_share)), now)
+
+    def _learn(self) -> None:
+        """From as many steps at once as it takes to renew the model: learning from the first takes as long as
+        from all others, with nothing of it in the processor's cache."""
+        count = len(self._done) // SOLVE_EVERY * SOLVE_EVERY
+        for step in self._done[:count]:
+            self.fit.observe(step.prefill_tokens, step.decodes, step.kv_tokens, step.took_s)
+        del self._done[:count]
 
     def _hold_beyond(self, room: int, first: list[Stream], now: float) -> None:
         """Let `room` borrowed decodes take part; `first`: the first in order, if anybody asked for that."""

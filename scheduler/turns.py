@@ -25,6 +25,11 @@ def in_order(seats: Iterable[StepSeat], virtual: float, step: int, turn_steps: i
             seat.tag = max(seat.tag, virtual)
         turns = _by_turn(seat, step)
         heads.append((seat.tag, number, 0, next(turns), turns))
+    if len(heads) == 1:
+        _, _, _, stream, turns = heads[0]
+        yield stream
+        yield from turns
+        return
     heapify(heads)
     while heads:
         _, number, had, stream, turns = heads[0]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import mmap
 import tempfile
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -168,11 +168,11 @@ class StepTable:
         """Set `borrowed_limit`, as the step scheduler does in each step: `write` takes longer."""
         self._cells[_BORROWED_LIMIT] = limit
 
-    def count_own_time(self, took: Iterable[float]) -> None:
+    def count_own_time(self, took: Sequence[float]) -> None:
         """Count steps by the own time that each took, in seconds."""
+        self._cells[_NAMES["own_s"]] += sum(took)
+        self._cells[_NAMES["steps"]] += len(took)
         for seconds in took:
-            self._cells[_NAMES["own_s"]] += seconds
-            self._cells[_NAMES["steps"]] += 1
             self._cells[_BUCKETS + bisect_left(OWN_TIME_US, seconds * 1e6)] += 1
 
     def read(self) -> StepReadings:

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from contract.step_time import StepTime
 from scheduler.step_rules import UNLIMITED, StepRules
-from scheduler.step_time import StepTimeFit
+from scheduler.step_time import SOLVE_EVERY, StepTimeFit
 from scheduler.steps import Plan, StepPolicy
 from scheduler.streams import StepSeat
 
@@ -539,12 +539,19 @@ def test_a_lead_is_given_away() -> None:
 
 
 def reviews(engine: Engine, seconds: float) -> int:
-    """How often the policy looked again: it learns from the steps of late whenever it does."""
-    count, until, samples = 0, engine.now + seconds, engine.policy.fit.samples
-    while engine.now < until:
-        engine.step()
-        count += engine.policy.fit.samples != samples
-        samples = engine.policy.fit.samples
+    """How often the policy looked again: it follows every pace anew whenever it does."""
+    count, until = 0, engine.now + seconds
+    begin = engine.policy.paces.begin
+
+    def counted() -> None:
+        nonlocal count
+        count += 1
+        begin()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.policy.paces, "begin", counted)
+        while engine.now < until:
+            engine.step()
     return count
 
 
@@ -1321,7 +1328,8 @@ def test_steps_teach_the_fit_also_with_two_under_way() -> None:
         for number in range(60):
             engine.add(f"b{number}", "free", prompt=20 + 10 * number, output=50 + 20 * number)
         engine.run(20.0)
-        assert len(engine.log) - RULES.review_steps - ahead <= fit.samples <= len(engine.log)
+        late = RULES.review_steps + SOLVE_EVERY
+        assert len(engine.log) - late - ahead <= fit.samples <= len(engine.log)
         for decodes in (1, 20, 60):
             assert fit.model.seconds(0, decodes, 0) == pytest.approx(MACHINE.seconds(0, decodes, 0), rel=0.1)
 
