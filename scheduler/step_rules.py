@@ -17,12 +17,10 @@ class StepRules:
     margin_tok_s: float = 1.0
     """and by so much at least: a second in which a slow stream gets one token less is a second missed."""
     review_steps: int = 16
-    growing_review_steps: int = 4
     review_s: float = 0.2
     easy_review_s: float = 1.0
-    """Steps and time after which the batch is chosen anew, if nothing calls for it earlier: fewer steps while
-    it grows bit by bit, the longer time while half as many again as there are would fit, and no step takes
-    longer than the pace allows."""
+    """Steps and time after which the batch is chosen anew, if nothing calls for it earlier: the longer time
+    while half as many again as there are would fit, and no step takes longer than the pace allows."""
     surprise: float = 1.1
     """A step that takes so many times what it should, and longer than the pace allows, calls for it."""
     turn_steps: int = 32

@@ -308,17 +308,11 @@ class StepPolicy:
         self._account(now)
         needed = self.paces.needed
         self._lone = next((seat for seat in needed if len(seat.streams) == len(self.streams)), None)
-        self.allowed_s, fitting, first = self._fitting()
-        # It grows by half at a time: a step that happened to be short is no reason to try twice the batch.
-        grows = needed and self._room < UNLIMITED
-        self._room = min(fitting, self._room + 2 + self._room // 2) if grows else fitting
+        self.allowed_s, self._room, first = self._fitting()
         self._beside_prompts = self._room_beside_prompts(now)
         self._hold_beyond(min(self._room, self._beside_prompts), first, now)
         # Fewer may take part than would fit.
         self._shorten_steps()
-        # Who is held only because the batch grows bit by bit shall not wait for it long.
-        if self._held_decodes and self._room < min(fitting, self._beside_prompts):
-            self._until_review = self.rules.growing_review_steps
         spare = self._room > self._borrowed_count() + self._decodes.count // 2
         easy_s = self.paces.longest_without_leads_s()
         easy = spare and not self.held and self._coming_s() <= easy_s

@@ -622,6 +622,25 @@ def test_a_crowd_that_comes_to_an_easy_batch_costs_a_token_at_most() -> None:
     assert worst_second(engine, "owed", 10.0, since) >= 9 / 10
 
 
+@pytest.mark.parametrize("seed_samples", [5.0, 1_000.0])
+@pytest.mark.parametrize("g", [100.0, 200.0, 350.0])
+def test_a_crowd_beside_a_model_that_takes_decodes_for_free_costs_a_twentieth_at_most(
+    g: float, seed_samples: float
+) -> None:
+    """A stream alone teaches nothing of what a batch costs."""
+    believed = StepTime(MACHINE.base_s, MACHINE.prefill_token_s, 0.1 * MACHINE.decode_s, MACHINE.kv_token_s)
+    engine = Engine(StepPolicy(StepTimeFit(believed, seed_samples=seed_samples)))
+    engine.seat("free")
+    engine.seat("sold", g)
+    owed = engine.add("owed", "sold")
+    engine.run(1.0)
+    for number in range(100):
+        engine.add(f"b{number}", "free", prompt=1)
+    engine.run(5.0)
+    assert engine.policy.held > 0
+    assert lowest_attainment(owed, g) >= 0.95
+
+
 def test_a_step_that_takes_longer_than_the_pace_allows_is_a_reason_to_review() -> None:
     engine = slow_engine(12.0)
     just_reviewed(engine)
