@@ -21,10 +21,10 @@ def room_for_borrowed(
     """How many borrowed decodes may take part without making steps too long for a seat.
 
     Returns the longest step that keeps everybody's pace, in seconds; how many borrowed decodes may take part,
-    where all may how many like them could; and these in their order, unless all may anyway.
+    where all may how many like them could; and those that may in their order, unless all may anyway.
 
     `needed`: tokens per second, by seat with owed decodes; at least one. `in_order`: all borrowed decodes, of
-    which no more are asked for than fit.
+    which one more is asked for than fit.
     """
     owed = kv_tokens = 0
     for seat in needed:
@@ -42,19 +42,19 @@ def room_for_borrowed(
     if room_s >= 0.0:
         more = _more(model, decodes.count, all_kv_tokens, room_s)
         return allowed_s, decodes.count - owed + more, []
-    first: list[Stream] = []
+    fitting: list[Stream] = []
     for stream in in_order():
         allowed_s = tightest.allowed_s
         # The seat's own further sequences bring it tokens too, so each may be slower.
         tightest.count_in(stream.seat)
         with_it = kv_tokens + stream.computed
-        if model.seconds(0, owed + len(first) + 1, with_it) + prompts_s > tightest.allowed_s:
-            return allowed_s, len(first), first
-        first.append(stream)
+        if model.seconds(0, owed + len(fitting) + 1, with_it) + prompts_s > tightest.allowed_s:
+            return allowed_s, len(fitting), fitting
+        fitting.append(stream)
         kv_tokens = with_it
     allowed_s = tightest.allowed_s
-    room_s = allowed_s - prompts_s - model.seconds(0, owed + len(first), kv_tokens)
-    return allowed_s, len(first) + _more(model, owed + len(first), kv_tokens, room_s), first
+    room_s = allowed_s - prompts_s - model.seconds(0, owed + len(fitting), kv_tokens)
+    return allowed_s, len(fitting) + _more(model, owed + len(fitting), kv_tokens, room_s), fitting
 
 
 def _more(model: StepTime, decodes: int, kv_tokens: int, room_s: float) -> int:

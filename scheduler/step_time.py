@@ -29,11 +29,12 @@ _UNITS = (1.0, 100.0, 10.0, 10_000.0, 0.1)
 """Per term a usual size, so that all columns are of one magnitude."""
 _TYPICAL = (1.0, 256.0, 16.0, 8_192.0, 0.5)
 """The step at which the seed weighs as much as the samples that it stands for."""
-SOLVE_EVERY: Final = 16
-"""Samples after which `model` is renewed."""
+_SOLVE_EVERY: Final = 16
+"""Samples that are learned from at once: the first takes as long as the others together, with nothing of that
+in the processor's cache."""
 _MEMORY: Final = 2_000
 """Steps after which a sample has lost two thirds of its weight."""
-_FADING: Final = [(1.0 - 1.0 / _MEMORY) ** age for age in reversed(range(SOLVE_EVERY))]
+_FADING: Final = [(1.0 - 1.0 / _MEMORY) ** age for age in reversed(range(_SOLVE_EVERY))]
 """What is left of the weight of the last samples, oldest first."""
 _SPEED_GAIN: Final = 0.05
 _ERROR_GAIN: Final = 0.02
@@ -65,8 +66,8 @@ class StepTimeFit:
         price of theirs must not pass for an outlier."""
         self._rows = [[0.0] * _TERMS for _ in range(_TERMS)]
         self._sums = [0.0] * _TERMS
-        self._fresh: list[list[float]] = [[] for _ in range(_TERMS + 2)]
-        """Samples that the sums do not hold yet: their terms, their seconds, their weights."""
+        self._fresh: list[tuple[float, float, float, float]] = []
+        """Samples that nothing was learned from yet: prompt tokens, decodes, KV tokens, seconds."""
         self._prior = [0.0] * _TERMS
         self._prior_sums = [0.0] * _TERMS
         self._anchored = False
@@ -78,8 +79,7 @@ class StepTimeFit:
         self._raw, self.speed = self.model, 1.0
         self._rows = [[0.0] * _TERMS for _ in range(_TERMS)]
         self._sums = [0.0] * _TERMS
-        for column in self._fresh:
-            column.clear()
+        self._fresh.clear()
         self._believe(samples)
         self._anchored = True
 
@@ -94,6 +94,16 @@ class StepTimeFit:
         """One step took `seconds`. Steps without work, and impossible times, are passed over."""
         if not 0.0 < seconds < 60.0 or prefill_tokens + decodes <= 0:
             return
+        self.samples += 1
+        self._fresh.append((prefill_tokens, decodes, kv_tokens, seconds))
+        if len(self._fresh) == _SOLVE_EVERY:
+            self._take_in()
+            self._solve()
+
+    def _weigh(
+        self, prefill_tokens: float, decodes: float, kv_tokens: float, seconds: float
+    ) -> tuple[list[float], float, float]:
+        """Follow the machine's speed by one sample; its terms, the seconds to learn from, its weight."""
         row = _row(self._raw, prefill_tokens, decodes, kv_tokens)
         fitted = max(1e-6, _dot(self._terms, row))
         residual = seconds / (fitted * self.speed) - 1.0
@@ -107,29 +117,27 @@ class StepTimeFit:
         self.speed *= 1.0 + _SPEED_GAIN * clipped
         # The clipped time, not the measured one: an outlier pulls by its sign, not by its size.
         seen_s = fitted * (1.0 + clipped) * (1.0 if self._anchored else self.speed)
-        fresh = self._fresh
-        for i in range(_TERMS):
-            fresh[i].append(row[i])
-        fresh[_TERMS].append(seen_s)
-        fresh[_TERMS + 1].append(1.0 / (fitted * fitted))
-        self.samples += 1
-        if len(fresh[0]) == SOLVE_EVERY:
-            self._take_in()
-            self._solve()
+        return row, seen_s, 1.0 / (fitted * fitted)
 
     def _take_in(self) -> None:
-        """Let the sums fade, and add the samples since the last time."""
+        """Let the sums fade, and add the fresh samples."""
         kept = _FADING[0] * (1.0 - 1.0 / _MEMORY)
-        columns, seconds, weights = self._fresh[:_TERMS], self._fresh[_TERMS], self._fresh[_TERMS + 1]
-        faded = [weights[i] * _FADING[i] for i in range(SOLVE_EVERY)]
+        columns: list[list[float]] = [[] for _ in range(_TERMS)]
+        seconds: list[float] = []
+        faded: list[float] = []
+        for k in range(_SOLVE_EVERY):
+            row, seen_s, weight = self._weigh(*self._fresh[k])
+            for i in range(_TERMS):
+                columns[i].append(row[i])
+            seconds.append(seen_s)
+            faded.append(weight * _FADING[k])
+        self._fresh.clear()
         for i in range(_TERMS):
-            weighted = [columns[i][k] * faded[k] for k in range(SOLVE_EVERY)]
+            weighted = [columns[i][k] * faded[k] for k in range(_SOLVE_EVERY)]
             line = self._rows[i]
             for j in range(i, _TERMS):
                 line[j] = line[j] * kept + _dot(weighted, columns[j])
             self._sums[i] = self._sums[i] * kept + _dot(weighted, seconds)
-        for column in self._fresh:
-            column.clear()
 
     def _solve(self) -> None:
         free = [i for i in range(_TERMS) if self._prior[i] > 0.0]

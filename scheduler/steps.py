@@ -34,7 +34,7 @@ from scheduler.paces import Paces
 from scheduler.prompts import Prompts
 from scheduler.room import room_for_borrowed
 from scheduler.step_rules import UNLIMITED, StepRules
-from scheduler.step_time import SOLVE_EVERY, StepTimeFit
+from scheduler.step_time import StepTimeFit
 from scheduler.streams import Decodes, StepSeat, Stream
 from scheduler.turns import in_order, longest_held
 
@@ -108,15 +108,14 @@ class StepPolicy:
         """Borrowed decodes that may take part for the pace's sake,"""
         self._beside_prompts = UNLIMITED
         """and for the sake of the owed prompts that are being read."""
-        self._taking_part: dict[Stream, None] = {}
-        """Borrowed decodes that do, in the order of the last review and then of time; where that had nothing
-        to hold, only those that came since."""
+        self._came: dict[Stream, None] = {}
+        """Borrowed decodes that began since the last review, and take part."""
         self._decodes = Decodes()
         self.prompts = Prompts(self.rules, step_tokens, self._decodes)
         self._virtual = 0.0
         self._steps: deque[Composed] = deque()
         self._done: list[Composed] = []
-        """Steps that nothing was learned from yet."""
+        """Steps since the last review, when the fit is told of them."""
         self._last_end = 0.0
         self._until_review = 0
         self._review = False
@@ -217,7 +216,7 @@ class StepPolicy:
 
     def _gave_way(self, stream: Stream) -> None:
         """The stream ceased to run."""
-        self._taking_part.pop(stream, None)
+        self._came.pop(stream, None)
         self._refill = True
         if stream.owed:
             stream.seat.classify()
@@ -268,7 +267,7 @@ class StepPolicy:
             self.prompts.drop(stream)
             self._decodes.begin(stream)
             stream.turn = stream.fixed_until = self._decodes.step
-            self._taking_part[stream] = None
+            self._came[stream] = None
             self._refill = True
             self._review |= stream.seat.classify() or stream.owed
             stream.seat.count(stream, 1)
@@ -303,14 +302,15 @@ class StepPolicy:
     def _choose(self, now: float) -> None:
         self._review = self._refill = False
         self._until_review = self.rules.review_steps
-        if len(self._done) >= SOLVE_EVERY:
-            self._learn()
+        for step in self._done:
+            self.fit.observe(step.prefill_tokens, step.decodes, step.kv_tokens, step.took_s)
+        self._done.clear()
         self._account(now)
         needed = self.paces.needed
         self._lone = next((seat for seat in needed if len(seat.streams) == len(self.streams)), None)
-        self.allowed_s, self._room, first = self._fitting()
+        self.allowed_s, self._room, fitting = self._fitting()
         self._beside_prompts = self._room_beside_prompts(now)
-        self._hold_beyond(min(self._room, self._beside_prompts), first, now)
+        self._hold_beyond(min(self._room, self._beside_prompts), fitting, now)
         # Fewer may take part than would fit.
         self._shorten_steps()
         spare = self._room > self._borrowed_count() + self._decodes.count // 2
@@ -322,31 +322,23 @@ class StepPolicy:
         )
         self._limit_borrowed(self._room + max(1, int(self._room * self.rules.spare_share)), now)
 
-    def _learn(self) -> None:
-        """From as many steps at once as it takes to renew the model: learning from the first takes as long as
-        from all others, with nothing of it in the processor's cache."""
-        count = len(self._done) // SOLVE_EVERY * SOLVE_EVERY
-        for step in self._done[:count]:
-            self.fit.observe(step.prefill_tokens, step.decodes, step.kv_tokens, step.took_s)
-        del self._done[:count]
-
-    def _hold_beyond(self, room: int, first: list[Stream], now: float) -> None:
-        """Let `room` borrowed decodes take part; `first`: the first in order, if anybody asked for that."""
+    def _hold_beyond(self, room: int, fitting: list[Stream], now: float) -> None:
+        """Let `room` borrowed decodes take part: the first that are `fitting`, or of all if that is empty."""
+        self._came.clear()
         if not self.held and self._borrowed_count() <= room:
-            self._taking_part.clear()
             return
-        chosen = dict.fromkeys(first[:room] or islice(self._in_order(), room))
+        chosen = dict.fromkeys(fitting[:room] or islice(self._in_order(), room))
         for stream in chosen:
             if stream.held:
                 self._set_held(stream, False, now)
         for seat in self.seats.values():
             # Who has run longest is held last, and so released last.
-            for stream in [each for each in reversed(seat.borrowed_running) if each not in chosen]:
+            beyond = [stream for stream in reversed(seat.borrowed_running) if stream not in chosen]
+            for stream in beyond:
                 self._set_held(stream, True, now)
             for stream in seat.owed:
                 if stream.held:
                     self._set_held(stream, False, now)
-        self._taking_part = chosen
 
     def _room_beside_prompts(self, now: float) -> int:
         decodes = self._decodes
@@ -377,8 +369,8 @@ class StepPolicy:
             stream.seat.overdue += stream.due <= now
 
     def _fitting(self) -> tuple[float | None, int, list[Stream]]:
-        """The longest step that keeps everybody's pace; how many borrowed decodes may take part then; and,
-        unless all may, the first of these in their order."""
+        """The longest step that keeps everybody's pace; how many borrowed decodes may take part then; and
+        these in their order, unless all may."""
         needed = self.paces.needed
         if not needed:
             return None, UNLIMITED, []
@@ -394,9 +386,11 @@ class StepPolicy:
         if free > 0 and self._held_decodes:
             for stream in longest_held(self.seats.values(), free):
                 self._set_held(stream, False, now)
-        elif free < 0:
-            for stream in list(islice(reversed(self._taking_part), -free)):
-                self._set_held(stream, True, now)
+        # Who came beyond the places waits.
+        while free < 0 and self._came:
+            stream, _ = self._came.popitem()
+            self._set_held(stream, True, now)
+            free += 1
 
     def _keep_paces(self, now: float) -> None:
         """Between reviews: a seat that has fewer decodes in the steps than before needs shorter ones, and a
@@ -481,15 +475,13 @@ class StepPolicy:
         stream.seat.count_held(change, now)
         if stream.decoding:
             if not stream.owed:
-                stream.seat.queue(stream)
+                stream.seat.put_last(stream)
             if held:
-                self._taking_part.pop(stream, None)
                 self._decodes.hold(stream)
                 if not stream.seat.held:
                     # From now on it lacks something; what it did while it did not is no lead and no lag.
                     stream.seat.tag = max(stream.seat.tag, self._virtual)
             else:
-                self._taking_part[stream] = None
                 self._decodes.release(stream)
             stream.seat.held += change
             self._held_decodes += change

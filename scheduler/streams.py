@@ -68,8 +68,8 @@ class Decodes:
     only those are looked at, and sums follow by difference: what a step costs hardly grows with the batch.
 
     Invariants: `count` sequences decode, `owed` of them are owed, as are `owed_in_all` with those that do not
-    decode yet; `kv_tokens` are those of the ones in the
-    batch, and `resting_kv_tokens` those of the others; whoever decodes is in the batch, held or outside.
+    decode yet; `kv_tokens` are those of the ones in the batch, and `resting_kv_tokens` those of the others;
+    whoever decodes is in the batch, held or outside.
     """
 
     def __init__(self) -> None:
@@ -101,7 +101,7 @@ class Decodes:
         self.owed += stream.owed
         stream.seat.decoding += 1
         if not stream.owed:
-            stream.seat.queue(stream)
+            stream.seat.put_last(stream)
         self.resting_kv_tokens += stream.known
         self._outside[stream.stream_id] = stream
 
@@ -122,7 +122,7 @@ class Decodes:
         self.count -= 1
         self.owed -= stream.owed
         stream.seat.decoding -= 1
-        stream.seat.unqueue(stream)
+        stream.seat.take_out(stream)
         self.resting_kv_tokens -= stream.known
 
     def advance(
@@ -273,16 +273,18 @@ class StepSeat:
             stream.owed = owed
             self.count_in(stream, 1)
         if owed:
-            self.unqueue(stream)
+            self.take_out(stream)
         elif stream.decoding:
-            self.queue(stream)
+            # As if it began, or was held, just now: who comes earlier in the order changed earlier.
+            stream.turn = stream.fixed_until = self.decodes.step
+            self.put_last(stream)
 
-    def queue(self, stream: Stream) -> None:
+    def put_last(self, stream: Stream) -> None:
         """It is a borrowed decode from now on, or was held or released."""
-        self.unqueue(stream)
+        self.take_out(stream)
         (self.borrowed_held if stream.held else self.borrowed_running)[stream] = None
 
-    def unqueue(self, stream: Stream) -> None:
+    def take_out(self, stream: Stream) -> None:
         """It is no borrowed decode any more."""
         self.borrowed_running.pop(stream, None)
         self.borrowed_held.pop(stream, None)

@@ -1,6 +1,7 @@
 """The order in which borrowed decodes take part: seats by virtual time, the sequences of a seat by turns.
 
-Of many that are held a step has room for few. So nothing here looks at more of them than it is asked for.
+Of many that are held a step has room for few, so nothing here looks at more of them than it is asked for,
+but for the first of each seat.
 """
 
 from __future__ import annotations
@@ -14,32 +15,32 @@ from scheduler.streams import StepSeat, Stream
 def in_order(seats: Iterable[StepSeat], virtual: float, step: int, turn_steps: int) -> Iterator[Stream]:
     """The borrowed decodes, lowest virtual time first, as it will be when all before them have had a turn.
 
-    `virtual`: of the seats that lack something; the others are lifted to it. Nothing may be held or released
-    until the caller has what it asked for.
+    `virtual`: of the seats that lack something; the others are lifted to it. Until the caller has what it
+    asked for, nothing may be held, released or over.
     """
-    heads: list[tuple[float, int, int, Stream, Iterator[Stream]]] = []
+    heads: list[tuple[float, int, int, StepSeat]] = []
+    """Where a seat's next sequence comes, the seat's number, and how many of it came before."""
     for number, seat in enumerate(seats):
-        if not (seat.borrowed_running or seat.borrowed_held):
-            continue
-        if not seat.held:
-            seat.tag = max(seat.tag, virtual)
-        turns = _by_turn(seat, step)
-        heads.append((seat.tag, number, 0, next(turns), turns))
+        if seat.borrowed_running or seat.borrowed_held:
+            if not seat.held:
+                seat.tag = max(seat.tag, virtual)
+            heads.append((seat.tag, number, 0, seat))
     if len(heads) == 1:
-        _, _, _, stream, turns = heads[0]
-        yield stream
-        yield from turns
+        yield from _by_turn(heads[0][3], step)
         return
     heapify(heads)
+    turns: dict[int, Iterator[Stream]] = {}
     while heads:
-        _, number, had, stream, turns = heads[0]
-        yield stream
-        seat, following = stream.seat, next(turns, None)
-        if following is None:
+        _, number, before, seat = heads[0]
+        if before == 0:
+            turns[number] = _by_turn(seat, step)
+        stream = next(turns[number], None)
+        if stream is None:
             heappop(heads)
         else:
-            place = seat.tag + (had + 1) * turn_steps / seat.weight
-            heapreplace(heads, (place, number, had + 1, following, turns))
+            yield stream
+            place = seat.tag + (before + 1) * turn_steps / seat.weight
+            heapreplace(heads, (place, number, before + 1, seat))
 
 
 def _by_turn(seat: StepSeat, step: int) -> Iterator[Stream]:
@@ -62,25 +63,26 @@ def _by_turn(seat: StepSeat, step: int) -> Iterator[Stream]:
 
 
 def longest_held(seats: Iterable[StepSeat], count: int) -> list[Stream]:
-    """Up to `count` borrowed decodes of the seats that are furthest behind, each seat's longest held first.
+    """Up to `count` borrowed decodes of the seats that are furthest behind, each seat's longest held first;
+    seats that are equally far behind take turns.
 
     Not the first `in_order`, by which a review may have held them after their turn. Between reviews the tag
     of a seat with held decodes does not change.
     """
-    heads: list[tuple[float, int, int, Stream, Iterator[Stream]]] = []
+    heads: list[tuple[float, int, int, int, Stream, Iterator[Stream]]] = []
     for number, seat in enumerate(seats):
         if seat.borrowed_held:
             held = iter(seat.borrowed_held)
             first = next(held)
-            heads.append((seat.tag, first.turn, number, first, held))
+            heads.append((seat.tag, 0, first.turn, number, first, held))
     heapify(heads)
     found: list[Stream] = []
     while heads and len(found) < count:
-        tag, _, number, stream, held = heads[0]
+        tag, before, _, number, stream, held = heads[0]
         found.append(stream)
         following = next(held, None)
         if following is None:
             heappop(heads)
         else:
-            heapreplace(heads, (tag, following.turn, number, following, held))
+            heapreplace(heads, (tag, before + 1, following.turn, number, following, held))
     return found

@@ -361,9 +361,9 @@ def borrowed_work_gives_way_nowhere(patch: Patch) -> None:
 def holds_outlast_their_reason(patch: Patch) -> None:
     hold_beyond = StepPolicy._hold_beyond
 
-    def mutant(self: StepPolicy, room: int, first: list[Stream], now: float) -> None:
+    def mutant(self: StepPolicy, room: int, fitting: list[Stream], now: float) -> None:
         if room < self._borrowed_count():
-            hold_beyond(self, room, first, now)
+            hold_beyond(self, room, fitting, now)
 
     patch.setattr(StepPolicy, "_hold_beyond", mutant)
 

@@ -178,10 +178,14 @@ def test_a_trusted_seed_is_slow_to_move_and_a_guess_is_quick() -> None:
     ],
 )
 def test_impossible_steps_are_passed_over(step: tuple[float, float, float, float]) -> None:
-    fit = taught(StepTimeFit(GUESS), DENSE, 100)
-    before = (fit.model, fit.samples, fit.speed, fit.error)
-    fit.observe(*step)
-    assert (fit.model, fit.samples, fit.speed, fit.error) == before
+    fits = [StepTimeFit(GUESS) for _ in range(2)]
+    for number, good in enumerate(steps(DENSE, 100)):
+        for fit in fits:
+            fit.observe(*good)
+        if number % 10 == 0:
+            fits[0].observe(*step)
+        with_it, without = ((fit.model, fit.samples, fit.speed, fit.error) for fit in fits)
+        assert with_it == without
 
 
 def test_the_error_is_the_mean_relative_error_of_late() -> None:

@@ -27,6 +27,8 @@ def of_every_kind(seat: StepSeat) -> None:
     decode("ran late", seat, turn=20, fixed_until=52)
     decode("waited longest", seat, turn=30, fixed_until=62, held=True)
     decode("waited", seat, turn=60, fixed_until=92, held=True)
+    decode("turn over", seat, turn=68, fixed_until=100)
+    decode("wait over", seat, turn=68, fixed_until=100, held=True)
     decode("in turn", seat, turn=80, fixed_until=112)
     decode("began", seat, turn=85, fixed_until=85)
     decode("just held", seat, turn=90, fixed_until=122, held=True)
@@ -38,7 +40,8 @@ def order(*seats: StepSeat, virtual: float = 0.0) -> list[object]:
 
 def test_in_a_seat_who_is_in_a_turn_comes_first_and_who_was_just_held_last() -> None:
     of_every_kind(seat := seat_of())
-    assert order(seat) == ["in turn", "waited longest", "waited", "began", "ran late", "ran", "just held"]
+    waited, had_one = ["waited longest", "waited", "wait over"], ["began", "turn over", "ran late", "ran"]
+    assert order(seat) == ["in turn", *waited, *had_one, "just held"]
 
 
 def test_a_seat_has_the_same_order_beside_others() -> None:
@@ -77,18 +80,34 @@ def test_who_has_been_held_longest_is_released_first() -> None:
     # It was released and held again.
     for held in (False, True):
         streams[0].held = held
-        seat.queue(streams[0])
+        seat.put_last(streams[0])
     assert longest(seat, count=2) == ["b", "c"]
     assert longest(seat, count=9) == ["b", "c", "a"]
 
 
-def test_the_seat_that_is_furthest_behind_is_released_first_and_of_equals_who_was_held_first() -> None:
+def test_the_seat_that_is_furthest_behind_is_released_first_and_equals_take_turns() -> None:
     ahead, behind, equal = seat_of(tag=9.0), seat_of(tag=3.0), seat_of(tag=3.0)
-    decode("long", ahead, turn=1, held=True)
-    decode("short", behind, turn=8, held=True)
-    decode("shorter", behind, turn=9, held=True)
-    decode("longer", equal, turn=7, held=True)
-    assert longest(ahead, behind, equal, seat_of(), count=9) == ["longer", "short", "shorter", "long"]
+    decode("ahead", ahead, turn=0, held=True)
+    for turn in (5, 6):
+        decode(f"behind since {turn}", behind, turn=turn, held=True)
+    for turn in (1, 2, 9):
+        decode(f"equal since {turn}", equal, turn=turn, held=True)
+    assert longest(ahead, behind, equal, seat_of(), count=9) == [
+        "equal since 1",
+        "behind since 5",
+        "equal since 2",
+        "behind since 6",
+        "equal since 9",
+        "ahead",
+    ]
+
+
+def test_seats_that_are_equally_far_ahead_take_turns_in_the_order() -> None:
+    seats = [seat_of(tag=5.0), seat_of(tag=5.0)]
+    for number in range(2):
+        for name, seat in zip("ab", seats, strict=True):
+            decode(f"{name}{number}", seat, held=True)
+    assert order(*seats) == ["a0", "b0", "a1", "b1"]
 
 
 def become_owed(seat: StepSeat, stream: Stream) -> None:
@@ -111,9 +130,11 @@ def test_who_is_owed_or_over_is_in_no_order(ceases: Callable[[StepSeat, Stream],
 
 def test_a_decode_that_is_owed_no_more_counts_as_one_that_begins() -> None:
     seat = seat_of()
-    owed = decode("owed", seat)
+    owed = decode("owed", seat, turn=10, fixed_until=42)
     become_owed(seat, owed)
-    decode("other", seat)
+    decode("other", seat, turn=90, fixed_until=90)
     seat.guarantee_tok_s = 0.0
+    seat.decodes.step = 100
     seat.classify()
     assert order(seat) == ["owed", "other"]
+    assert owed.turn == owed.fixed_until == 100
