@@ -610,8 +610,8 @@ def test_decision_takes_at_most_100_us_at_p99_with_1000_seats_and_10000_queued()
     running = admission.dispatch(0.0)
     assert admission.queued() == 10_000 - len(running) > 9_000
     best, now = math.inf, 0.0
-    # A shared machine may be slow for seconds: what the code takes shows in its first quiet moment.
-    give_up_at = time.monotonic() + 30.0
+    # A shared machine may be slow for a minute: what the code takes shows in its first quiet moment.
+    give_up_at = time.monotonic() + 150.0
     while best > 100e-6 and time.monotonic() < give_up_at:
         took = []
         now += 1.0
