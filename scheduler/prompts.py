@@ -69,7 +69,7 @@ class Prompts:
         ]
 
     def _some_are_owed(self) -> bool:
-        """Seldom so, and many may wait."""
+        """Whether any is: seldom so, and many may wait that need not be looked through."""
         return self._decodes.owed < self._decodes.owed_in_all
 
     def keep_back(self, owed: list[Stream], *, tight: bool) -> Iterator[tuple[Stream, bool]]:

@@ -26,7 +26,8 @@ from contract.step_time import StepTime
 
 _TERMS: Final = 5
 _UNITS = (1.0, 100.0, 10.0, 10_000.0, 0.1)
-"""Per term a usual size, so that all columns are of one magnitude."""
+"""Per term a usual size, so that all columns are of one magnitude. Not Final, nor is the next: of such
+tuples, mypyc 2.4 says at run time that they were not set."""
 _TYPICAL = (1.0, 256.0, 16.0, 8_192.0, 0.5)
 """The step at which the seed weighs as much as the samples that it stands for."""
 _SOLVE_EVERY: Final = 16

@@ -154,19 +154,7 @@ async def _run(
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
     file_of_capacity = CapacityFile(options.capacity_file, _setup_of(config))
     known = file_of_capacity.read()
-    table, table_path = _step_table(config, known)
-    try:
-        engine = SeatLLM.from_vllm_config(
-            config,
-            usage_context=UsageContext.OPENAI_API_SERVER,
-            enable_log_requests=args.enable_log_requests,
-            disable_log_stats=args.disable_log_stats,
-            aggregate_engine_logging=args.aggregate_engine_logging,
-        )
-    finally:
-        # EngineCore has it open by now; without a name nothing is left behind, however this ends.
-        table_path.unlink()
-    assert isinstance(engine, SeatLLM)
+    engine, table = _start_engine(config, args, known)
     try:
         await engine.reset_mm_cache()
         policy = replace(options.policy, prefix_caching=bool(config.cache_config.enable_prefix_caching))
@@ -177,14 +165,7 @@ async def _run(
         node.apply(file.current)
         await engine.warm_up()
         if known is None:
-            log.info("measuring how fast this machine is")
-            if await engine.measure():
-                table.trust(TRUSTED_SAMPLES)
-            else:
-                log.warning(
-                    "too slow to be measured in reasonable time: the fit learns from what it serves; until "
-                    "then `boosts node --capacity FILE` can tell the control plane what the node can do"
-                )
+            await _measure(engine, table)
         REGISTRY.register(NodeCollector(node))
         stats = StatsServer(
             node,
@@ -213,6 +194,38 @@ async def _run(
         engine.shutdown(timeout=config.shutdown_timeout)
     await shutdown
     listener.close()
+
+
+def _start_engine(
+    config: VllmConfig, args: Namespace, known: NodeCapacity | None
+) -> tuple[SeatLLM, StepTable]:
+    """Load the model, in EngineCore; returns with it the table that it shares with this process."""
+    table, table_path = _step_table(config, known)
+    try:
+        engine = SeatLLM.from_vllm_config(
+            config,
+            usage_context=UsageContext.OPENAI_API_SERVER,
+            enable_log_requests=args.enable_log_requests,
+            disable_log_stats=args.disable_log_stats,
+            aggregate_engine_logging=args.aggregate_engine_logging,
+        )
+    finally:
+        # EngineCore has it open by now; without a name nothing is left behind, however this ends.
+        table_path.unlink()
+    assert isinstance(engine, SeatLLM)
+    return engine, table
+
+
+async def _measure(engine: SeatLLM, table: StepTable) -> None:
+    """Let the fit learn from batches of all sizes."""
+    log.info("measuring how fast this machine is")
+    if await engine.measure():
+        table.trust(TRUSTED_SAMPLES)
+    else:
+        log.warning(
+            "too slow to be measured in reasonable time: the fit learns from what it serves; until "
+            "then `boosts node --capacity FILE` can tell the control plane what the node can do"
+        )
 
 
 def _setup_of(config: VllmConfig) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import accumulate
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from prometheus_client import Counter, Histogram
@@ -15,7 +16,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from scheduler import Outcome
+from scheduler import Outcome, SeatReading
 from scheduler.ledger import WINDOWS_S
 from serving.step_table import OWN_TIME_US, StepTable
 
@@ -37,6 +38,20 @@ DECISION_SECONDS = Histogram(
     buckets=(1e-6, 5e-6, 1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 1e-3, 1e-2),
 )
 
+_SUMS: tuple[tuple[str, str, Callable[[SeatReading], float]], ...] = (
+    ("boosts_input_tokens", "Input tokens dispatched", attrgetter("input_tokens")),
+    ("boosts_cached_tokens", "Of these, prefix cache hits", attrgetter("cached_tokens")),
+    ("boosts_delivered_tokens", "Output tokens the engine made", attrgetter("output_tokens")),
+    ("boosts_owed_tokens", "Output tokens guaranteed so far", attrgetter("owed_tokens")),
+    ("boosts_borrowed_tokens", "Delivered beyond what was owed", attrgetter("borrowed_tokens")),
+    (
+        "boosts_shortfall_tokens",
+        "Owed and not delivered by the end of their busy period",
+        attrgetter("shortfall_tokens"),
+    ),
+)
+"""Counters that are sums over the seats."""
+
 
 class NodeCollector(Collector):
     """Sums over the seats, read from the scheduler when Prometheus asks, so the token path pays nothing."""
@@ -54,34 +69,8 @@ class NodeCollector(Collector):
             count = sum(reading.requests[outcome.value] for reading in readings)
             requests.add_metric([outcome.value], count)
         yield requests
-        yield CounterMetricFamily(
-            "boosts_input_tokens", "Input tokens dispatched", value=sum(r.input_tokens for r in readings)
-        )
-        yield CounterMetricFamily(
-            "boosts_cached_tokens",
-            "Of these, prefix cache hits",
-            value=sum(r.cached_tokens for r in readings),
-        )
-        yield CounterMetricFamily(
-            "boosts_delivered_tokens",
-            "Output tokens the engine made",
-            value=sum(r.output_tokens for r in readings),
-        )
-        yield CounterMetricFamily(
-            "boosts_owed_tokens",
-            "Output tokens guaranteed so far",
-            value=sum(r.owed_tokens for r in readings),
-        )
-        yield CounterMetricFamily(
-            "boosts_borrowed_tokens",
-            "Delivered beyond what was owed",
-            value=sum(r.borrowed_tokens for r in readings),
-        )
-        yield CounterMetricFamily(
-            "boosts_shortfall_tokens",
-            "Owed and not delivered by the end of their busy period",
-            value=sum(r.shortfall_tokens for r in readings),
-        )
+        for name, about, count_of in _SUMS:
+            yield CounterMetricFamily(name, about, value=sum(map(count_of, readings)))
         yield GaugeMetricFamily(
             "boosts_queued_requests", "Waiting in admission", value=node.admission.queued()
         )
