@@ -11,6 +11,7 @@ from setuptools import setup
 
 COMPILED = (
     "contract/step_time.py",
+    "scheduler/arrange.py",
     "scheduler/paces.py",
     "scheduler/prompts.py",
     "scheduler/room.py",

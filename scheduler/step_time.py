@@ -91,10 +91,22 @@ class StepTimeFit:
         self._prior = [samples * (x / expected) ** 2 for x in usual]
         self._prior_sums = [weight * term for weight, term in zip(self._prior, self._terms, strict=True)]
 
-    def observe(self, prefill_tokens: float, decodes: float, kv_tokens: float, seconds: float) -> None:
-        """One step took `seconds`. Steps without work, and impossible times, are passed over."""
+    def observe(
+        self,
+        prefill_tokens: float,
+        decodes: float,
+        kv_tokens: float,
+        seconds: float,
+        predicted_s: float | None = None,
+    ) -> None:
+        """One step took `seconds`, and `predicted_s` is what it was chosen by; the present model's without.
+        Steps without work, and impossible times, are passed over."""
         if not 0.0 < seconds < 60.0 or prefill_tokens + decodes <= 0:
             return
+        if predicted_s is None:
+            predicted_s = self.model.seconds(prefill_tokens, decodes, kv_tokens)
+        residual = abs(seconds / max(1e-6, predicted_s) - 1.0)
+        self.error += _ERROR_GAIN * (min(1.0, residual) - self.error)
         self.samples += 1
         self._fresh.append((prefill_tokens, decodes, kv_tokens, seconds))
         if len(self._fresh) == _SOLVE_EVERY:
@@ -114,7 +126,6 @@ class StepTimeFit:
         self._scales[kind] = max(
             _LEAST_SCALE, self._scales[kind] + 0.05 * (abs(clipped) - self._scales[kind])
         )
-        self.error += _ERROR_GAIN * (min(1.0, abs(residual)) - self.error)
         self.speed *= 1.0 + _SPEED_GAIN * clipped
         # The clipped time, not the measured one: an outlier pulls by its sign, not by its size.
         seen_s = fitted * (1.0 + clipped) * (1.0 if self._anchored else self.speed)

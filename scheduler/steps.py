@@ -58,7 +58,16 @@ class Plan:
 class Composed:
     """What is in a step that is on its way through the engine."""
 
-    __slots__ = ("at", "decodes", "first_tokens", "kv_tokens", "prefill_tokens", "surprise_s", "took_s")
+    __slots__ = (
+        "at",
+        "decodes",
+        "first_tokens",
+        "kv_tokens",
+        "predicted_s",
+        "prefill_tokens",
+        "surprise_s",
+        "took_s",
+    )
 
     def __init__(
         self,
@@ -67,6 +76,7 @@ class Composed:
         first_tokens: int,
         decodes: int,
         kv_tokens: int,
+        predicted_s: float,
         surprise_s: float,
     ) -> None:
         self.at = at
@@ -75,6 +85,7 @@ class Composed:
         """Prompts of which it computes the rest."""
         self.decodes = decodes
         self.kv_tokens = kv_tokens
+        self.predicted_s = predicted_s
         self.surprise_s = surprise_s
         """If it takes longer, the batch is reviewed."""
         self.took_s = 0.0
@@ -248,14 +259,14 @@ class StepPolicy:
             first_tokens += stream.decoding
             kv_tokens += stream.known
         self.prompts.count(prefill)
+        seconds = self.fit.model.seconds(prefill, decodes, kv_tokens)
         surprise_s = self._easy_s
         if self.allowed_s is not None:
-            seconds = self.fit.model.seconds(prefill, decodes, kv_tokens)
             # The next review will see it; until then no further step may be stretched on the same lead.
             self.paces.least_lead_s -= max(0.0, seconds - self.allowed_s)
             # Prompts may fill a step up to what is allowed, or beyond.
             surprise_s = max(surprise_s, self.rules.surprise * seconds)
-        self._steps.append(Composed(now, prefill, first_tokens, decodes, kv_tokens, surprise_s))
+        self._steps.append(Composed(now, prefill, first_tokens, decodes, kv_tokens, seconds, surprise_s))
         self._until_review -= 1
 
     def _prefilled(self, stream: Stream, tokens: int) -> None:
@@ -304,7 +315,7 @@ class StepPolicy:
         self._review = self._refill = False
         self._until_review = self.rules.review_steps
         for step in self._done:
-            self.fit.observe(step.prefill_tokens, step.decodes, step.kv_tokens, step.took_s)
+            self.fit.observe(step.prefill_tokens, step.decodes, step.kv_tokens, step.took_s, step.predicted_s)
         self._done.clear()
         self._account(now)
         needed = self.paces.needed

@@ -56,11 +56,12 @@ class SeatLLM(AsyncLLM):
 
     def capacity(self) -> Capacity:
         """What the running engine can hold at once."""
-        cache = self.vllm_config.cache_config
-        kv_blocks = cache.num_gpu_blocks or 1
+        kv_tokens = self.vllm_config.cache_config.kv_cache_size_tokens
+        assert kv_tokens is not None, "EngineCore tells it when it is ready"
         return Capacity(
             slots=self.scheduler_config.max_num_seqs,
-            kv_tokens=kv_blocks * cache.block_size,
+            # As vLLM reckons it: layers of several kinds share the blocks.
+            kv_tokens=kv_tokens,
             step_tokens=self.scheduler_config.max_num_batched_tokens,
         )
 

@@ -1,13 +1,14 @@
 """The step scheduler: the step policy in the place of vLLM's own choice of batch. Written for vLLM 0.32.
 
-It runs in EngineCore, chosen by `--scheduler-cls`, and only adapts: `scheduler.steps.StepPolicy` decides.
+It runs in EngineCore, chosen by `--scheduler-cls`, and only adapts: `scheduler.steps.StepPolicy` decides, and
+`scheduler.arrange` prepares each step.
 
 * To hold a request, its `next_decode_eligible_step` is set beyond every step: vLLM then passes over it and
   keeps it in `running`, so that its slot and KV cache stay counted, and it can still be a victim.
-* vLLM takes KV cache from the end of `running`; while it is short, `running` is sorted so that the end is the
-  borrowed request that is furthest ahead.
+* vLLM serves `running` from the front and takes KV cache from its end, so its order is whose turn it is.
 * An owed request that finds no slot or no KV cache takes them from borrowed ones, by vLLM's own preemption.
 * Prompts are limited by `max_num_scheduled_tokens`, per step.
+* Layers of several kinds (full attention, sliding window) have blocks of their own, all from one pool.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,9 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.request import Request, RequestStatus
 
+from scheduler.arrange import arrange
 from scheduler.step_time import StepTimeFit
 from scheduler.steps import StepPolicy
-from scheduler.streams import Stream
 from serving.step_table import ENVIRONMENT, NOBODY, TRUSTED_SAMPLES, SeatRow, StepTable
 
 VLLM_VERSIONS = "0.32."
@@ -50,20 +52,23 @@ class SeatScheduler(AsyncScheduler):
     """
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
-        _refuse_unknown(vllm_config)
+        refuse_unknown(vllm_config)
         super().__init__(vllm_config, *args, **kwargs)
+        if self.need_mamba_block_aligned_split:
+            raise ValueError(
+                "the step scheduler cannot limit prompts that are read by whole blocks only, as Mamba layers "
+                "have it with prefix caching; add --no-enable-prefix-caching"
+            )
         self._table = StepTable.open(Path(os.environ[ENVIRONMENT]))
         seed, samples = self._table.seed()
+        self._step_engine = _StepEngine(self)
         self._step_policy = StepPolicy(
             StepTimeFit(seed, seed_samples=samples),
-            # A decode takes that many of them.
-            step_tokens=self.max_num_scheduled_tokens // (1 + self.num_spec_tokens),
+            step_tokens=self._step_engine.step_tokens // self._step_engine.decode_tokens,
         )
         self._rows: dict[int, SeatRow] = {}
         """What the policy was told of the seats that it knows."""
         self._trusted = 0.0
-        self._most_tokens = self.max_num_scheduled_tokens
-        self._block_pool = self.kv_cache_manager.block_pool
         self._until_refresh = 0
         self._preempted = 0
         self._own_s = 0.0
@@ -89,26 +94,34 @@ class SeatScheduler(AsyncScheduler):
         self._step_policy.leave(request.request_id, time.monotonic())
         if not self._step_policy.streams:
             # There may be no further step for long.
+            self._tell_held()
             self._publish()
         self._own_s += time.thread_time() - began
         return super()._free_request(request, delay_free_blocks)
 
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
         super()._preempt_request(request, timestamp, drop_stale_output)
+        began = time.thread_time()
         request.next_decode_eligible_step = 0
         self._step_policy.preempted(request.request_id, request.num_tokens, timestamp)
         self._preempted += 1
+        self._own_s += time.thread_time() - began
 
     # --- each step ---------------------------------------------------------------------------------
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        began = time.thread_time()
-        self._prepare(time.monotonic())
-        own_s = time.thread_time() - began
+        own_s, began = self._own_s, time.thread_time()
+        self._until_refresh -= 1
+        if self._until_refresh <= 0:
+            self._until_refresh = _REFRESH_STEPS
+            self._refresh_seats()
+        self.max_num_scheduled_tokens = arrange(self._step_policy, self._step_engine, time.monotonic())
+        # Preemptions in it have counted themselves already.
+        self._own_s = own_s + time.thread_time() - began
         try:
             output = super().schedule(throttle_prefills)
         finally:
-            self.max_num_scheduled_tokens = self._most_tokens
+            self.max_num_scheduled_tokens = self._step_engine.step_tokens
         began = time.thread_time()
         self._tell_cached(output)
         self._step_policy.composed(output.num_scheduled_tokens, time.monotonic())
@@ -116,7 +129,7 @@ class SeatScheduler(AsyncScheduler):
         self._table.limit_borrowed(self._step_policy.borrowed_limit)
         if self._until_refresh == _REFRESH_STEPS:
             self._publish()
-        self._own_times.append(self._own_s + own_s + time.thread_time() - began)
+        self._own_times.append(self._own_s + time.thread_time() - began)
         self._own_s = 0.0
         return output
 
@@ -132,73 +145,6 @@ class SeatScheduler(AsyncScheduler):
                 _put_first_tokens_first(each.outputs, first_tokens)
             self._own_s += time.thread_time() - began
         return outputs
-
-    def _prepare(self, now: float) -> None:
-        policy = self._step_policy
-        self._until_refresh -= 1
-        if self._until_refresh <= 0:
-            self._until_refresh = _REFRESH_STEPS
-            self._refresh_seats()
-        owed = policy.prompts.owed_waiting()
-        for stream in owed:
-            stream.ready = self.requests[str(stream.stream_id)].status in _READY
-        plan = policy.plan(now)
-        for stream in plan.changed:
-            self.requests[str(stream.stream_id)].next_decode_eligible_step = _NEVER if stream.held else 0
-        if plan.prefill_tokens is not None:
-            decodes = (len(self.running) - policy.held) * (1 + self.num_spec_tokens)
-            self.max_num_scheduled_tokens = min(self._most_tokens, max(1, decodes + plan.prefill_tokens))
-        if owed:
-            self._make_way(owed, now)
-        if self._free_blocks_left() < len(self.running) + self._blocks(self.max_num_scheduled_tokens):
-            self.running.sort(key=lambda request: policy.rank(request.request_id))
-        elif policy.prompts.streams:
-            self._put_prompts_last()
-
-    def _make_way(self, streams: list[Stream], now: float) -> None:
-        """Put owed requests first, and give them the slots and KV cache of borrowed ones if they need it."""
-        streams.sort(key=lambda stream: stream.due)
-        owed = [self.requests[str(stream.stream_id)] for stream in streams]
-        ready = [each for each in owed if each.status in _READY]
-        slots = len(ready) - (self.max_num_active_reqs - len(self.running))
-        while slots > 0 or self._short_of_blocks(ready):
-            victim_id = self._step_policy.victim(each.request_id for each in self.running)
-            if victim_id is None or not self._request_blocks_can_be_freed(
-                victim := self.requests[str(victim_id)]
-            ):
-                break
-            self.running.remove(victim)
-            self._preempt_request(victim, now)
-            slots -= 1
-        # Without KV connectors, which are refused at start, all that have not begun wait in this one queue.
-        for request in reversed(owed):
-            self.waiting.remove_request(request)
-            self.waiting.prepend_request(request)
-
-    def _put_prompts_last(self) -> None:
-        """vLLM gives a step's tokens out in this order, and a prompt in front would take them all."""
-        prompts = [self.requests[str(stream_id)] for stream_id in self._step_policy.prompts.in_order()]
-        if prompts and self.running[-len(prompts) :] != prompts:
-            last = set(prompts)
-            self.running = [request for request in self.running if request not in last] + prompts
-
-    def _free_blocks_left(self) -> int:
-        return int(self._block_pool.get_num_free_blocks())
-
-    def _short_of_blocks(self, ready: list[Request]) -> bool:
-        # With what the running ones take of it in the same step, before these come to their turn.
-        needed = self._blocks(len(self.running)) + int(self.kv_cache_manager.watermark_blocks)
-        needed += sum(self._blocks(each.num_tokens) + 1 for each in ready)
-        free = self._free_blocks_left()
-        return free < needed and free < needed - sum(self._blocks_shared(each) for each in ready)
-
-    def _blocks_shared(self, request: Request) -> int:
-        """Of the blocks that the request needs, those that running ones hold: their common prefix."""
-        hits, *_ = self.kv_cache_manager.get_computed_blocks(request)
-        return sum(block.ref_cnt > 0 for block in hits.blocks[0])
-
-    def _blocks(self, tokens: int) -> int:
-        return -(-tokens // self.block_size)
 
     def _tell_cached(self, output: SchedulerOutput) -> None:
         """Tell the policy what prompts found in the prefix cache."""
@@ -230,16 +176,21 @@ class SeatScheduler(AsyncScheduler):
         if samples >= TRUSTED_SAMPLES > self._trusted:
             self._trusted = samples
             self._step_policy.fit.anchor(samples)
+        self._tell_held()
         for row, seat in list(self._step_policy.seats.items()):
             assert isinstance(row, int)
-            if seat.held_s:
-                self._table.add_held(row, seat.held_s)
-                seat.held_s = 0.0
             if seat.streams:
                 self._read_seat(row)
             else:
                 self._step_policy.forget_seat(row)
                 del self._rows[row]
+
+    def _tell_held(self) -> None:
+        for row, seat in self._step_policy.seats.items():
+            if seat.held_s:
+                assert isinstance(row, int)
+                self._table.add_held(row, seat.held_s)
+                seat.held_s = 0.0
 
     def _publish(self) -> None:
         policy = self._step_policy
@@ -263,6 +214,104 @@ class SeatScheduler(AsyncScheduler):
         )
 
 
+class _StepEngine:
+    """vLLM's scheduler as `scheduler.arrange.StepEngine`. Without KV connectors, which are refused at start,
+    all requests that have not begun wait in one queue."""
+
+    def __init__(self, scheduler: SeatScheduler) -> None:
+        self._scheduler = scheduler
+        self._kv = scheduler.kv_cache_manager
+        self._pool = self._kv.block_pool
+        specs = [group.kv_cache_spec for group in self._kv.kv_cache_config.kv_cache_groups]
+        self._groups = len(specs)
+        self._block_tokens = min(spec.block_size for spec in specs)
+        self.step_tokens = scheduler.max_num_scheduled_tokens
+        self.decode_tokens = 1 + scheduler.num_spec_tokens
+
+    def ready(self, stream_id: Hashable) -> bool:
+        return self._request(stream_id).status in _READY
+
+    def hold(self, stream_id: Hashable, held: bool) -> None:
+        self._request(stream_id).next_decode_eligible_step = _NEVER if held else 0
+
+    def running_count(self) -> int:
+        return len(self._scheduler.running)
+
+    def running_ids(self) -> list[Hashable]:
+        return [request.request_id for request in self._scheduler.running]
+
+    def free_slots(self) -> int:
+        return self._scheduler.max_num_active_reqs - len(self._scheduler.running)
+
+    def free_blocks(self) -> int:
+        return int(self._pool.get_num_free_blocks()) - int(self._kv.watermark_blocks)
+
+    def blocks(self, tokens: int) -> int:
+        return self._groups * -(-tokens // self._block_tokens)
+
+    def blocks_for(self, stream_id: Hashable, enough: int) -> int:
+        request = self._request(stream_id)
+        bound = self.blocks(request.num_tokens)
+        if bound <= enough:
+            return bound
+        hits, cached, _ = self._kv.get_computed_blocks(request)
+        return int(
+            self._kv.coordinator.get_num_blocks_to_allocate(
+                request_id=request.request_id,
+                num_tokens=request.num_tokens,
+                new_computed_blocks=hits.blocks,
+                num_encoder_tokens=0,
+                total_computed_tokens=cached,
+                num_local_computed_tokens=cached,
+                num_tokens_main_model=request.num_tokens,
+                apply_admission_cap=True,
+                prefill_end=max(request.num_prompt_tokens, request.num_tokens - 1),
+            )
+        )
+
+    def blocks_beside(self, stream_ids: list[Hashable]) -> int:
+        kept: set[int] = set()
+        for stream_id in stream_ids:
+            for group in self._kv.get_block_ids(str(stream_id)):
+                kept.update(group)
+        kept.discard(self._pool.null_block.block_id)
+        # The pool keeps one block that stands for none.
+        return int(self._pool.num_gpu_blocks) - 1 - len(kept)
+
+    def preempt(self, stream_id: Hashable, now: float) -> bool:
+        request = self._request(stream_id)
+        if not self._scheduler._request_blocks_can_be_freed(request):
+            return False
+        self._scheduler.running.remove(request)
+        self._scheduler._preempt_request(request, now)
+        return True
+
+    def put_first(self, stream_ids: list[Hashable]) -> None:
+        waiting = self._scheduler.waiting
+        for request in map(self._request, reversed(stream_ids)):
+            waiting.remove_request(request)
+            waiting.prepend_request(request)
+
+    def put_last(self, stream_ids: list[Hashable]) -> None:
+        waiting = self._scheduler.waiting
+        for request in map(self._request, stream_ids):
+            waiting.remove_request(request)
+            waiting.add_request(request)
+
+    def serve_by(self, rank: Callable[[Hashable], Any]) -> None:
+        self._scheduler.running.sort(key=lambda request: rank(request.request_id))
+
+    def serve_last(self, stream_ids: list[Hashable]) -> None:
+        scheduler = self._scheduler
+        last = [self._request(stream_id) for stream_id in stream_ids]
+        if last and scheduler.running[-len(last) :] != last:
+            moved = set(last)
+            scheduler.running = [request for request in scheduler.running if request not in moved] + last
+
+    def _request(self, stream_id: Hashable) -> Request:
+        return self._scheduler.requests[str(stream_id)]
+
+
 def _put_first_tokens_first(outputs: list[EngineCoreOutput], count: int) -> None:
     """Put up to `count` first tokens in front: the API process answers in this order, which takes it long for
     a large batch. They are sought from the end, where prompts are but while KV cache is short."""
@@ -276,7 +325,7 @@ def _put_first_tokens_first(outputs: list[EngineCoreOutput], count: int) -> None
     outputs[:0] = reversed(first)
 
 
-def _refuse_unknown(config: VllmConfig) -> None:
+def refuse_unknown(config: VllmConfig) -> None:
     """Raise ValueError, saying why, for what this file was not written for."""
     if not vllm_version.startswith(VLLM_VERSIONS):
         raise ValueError(f"the step scheduler extends vLLM {VLLM_VERSIONS}x, not {vllm_version}")

@@ -1,14 +1,15 @@
 """The production step policy in the simulated engine.
 
-Does with the simulated engine what `serving/step_scheduler.py` does with vLLM's scheduler; the decisions are
-`scheduler.steps.StepPolicy`'s, unchanged.
+`scheduler.arrange` prepares its steps as it does vLLM's; here is what the simulated engine does for that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from typing import Any
 
 from benchmarks.simulator.engine import KV_BLOCK, Batch, Engine, Stream
+from scheduler.arrange import arrange
 from scheduler.steps import StepPolicy
 
 
@@ -17,7 +18,7 @@ class SeatComposer:
 
     def __init__(self, policy: StepPolicy) -> None:
         self._policy = policy
-        self._streams: dict[int, Stream] = {}
+        self._streams: dict[Hashable, Stream] = {}
 
     def entered(self, stream: Stream, now: float) -> None:
         self._streams[stream.key] = stream
@@ -32,26 +33,7 @@ class SeatComposer:
         self._policy.preempted(stream.key, stream.input_tokens + stream.composed, now)
 
     def prepare(self, engine: Engine, now: float) -> int:
-        for stream in engine.waiting:
-            self._policy.streams[stream.key].ready = stream.ready
-        plan = self._policy.plan(now)
-        for changed in plan.changed:
-            self._stream(changed.stream_id).held = changed.held
-        budget = engine.rules.step_tokens
-        if plan.prefill_tokens is not None:
-            decodes = len(engine.running) - self._policy.held
-            budget = min(budget, max(1, decodes + plan.prefill_tokens))
-        if engine.waiting:
-            self._make_way(engine, now)
-        if engine.free_blocks < len(engine.running) + _blocks(budget):
-            engine.running.sort(key=lambda stream: self._policy.rank(stream.key))
-        else:
-            # A step's tokens are given out in this order, and a prompt in front would take them all.
-            prompts = self._policy.prompts.in_order()
-            last = set(prompts)
-            engine.running = [stream for stream in engine.running if stream.key not in last]
-            engine.running += [self._stream(stream_id) for stream_id in prompts]
-        return budget
+        return arrange(self._policy, _StepEngine(engine, self._streams), now)
 
     def composed(self, batch: Batch, now: float) -> None:
         for piece in batch.pieces:
@@ -64,30 +46,63 @@ class SeatComposer:
     def completed(self, now: float) -> None:
         self._policy.completed(now)
 
-    def _make_way(self, engine: Engine, now: float) -> None:
-        """Put owed streams first, and give them the slots and KV cache of borrowed ones if they need it."""
-        owed = [stream for stream in engine.waiting if self._policy.streams[stream.key].owed]
-        if not owed:
-            return
-        owed.sort(key=lambda stream: self._policy.streams[stream.key].due)
-        ready = [stream for stream in owed if stream.ready]
-        slots = len(ready) - (engine.rules.slots - len(engine.running))
-        kv_blocks = sum(_blocks(stream.input_tokens + stream.composed) + 1 for stream in ready)
-        kv_blocks += _blocks(len(engine.running))
-        while slots > 0 or engine.free_blocks < kv_blocks:
-            victim = self._policy.victim(stream.key for stream in engine.running)
-            if victim is None:
-                break
-            engine.preempt(self._stream(victim), now)
-            slots -= 1
-        for stream in reversed(owed):
-            engine.waiting.remove(stream)
-            engine.waiting.appendleft(stream)
 
-    def _stream(self, stream_id: Hashable) -> Stream:
-        assert isinstance(stream_id, int)
-        return self._streams[stream_id]
+class _StepEngine:
+    """The simulated engine as `scheduler.arrange.StepEngine`."""
 
+    decode_tokens = 1
 
-def _blocks(tokens: int) -> int:
-    return -(-tokens // KV_BLOCK)
+    def __init__(self, engine: Engine, streams: dict[Hashable, Stream]) -> None:
+        self._engine = engine
+        self._streams = streams
+        self.step_tokens = engine.rules.step_tokens
+
+    def ready(self, stream_id: Hashable) -> bool:
+        return self._streams[stream_id].ready
+
+    def hold(self, stream_id: Hashable, held: bool) -> None:
+        self._streams[stream_id].held = held
+
+    def running_count(self) -> int:
+        return len(self._engine.running)
+
+    def running_ids(self) -> list[Hashable]:
+        return [stream.key for stream in self._engine.running]
+
+    def free_slots(self) -> int:
+        return self._engine.rules.slots - len(self._engine.running)
+
+    def free_blocks(self) -> int:
+        return self._engine.free_blocks
+
+    def blocks(self, tokens: int) -> int:
+        return -(-tokens // KV_BLOCK)
+
+    def blocks_for(self, stream_id: Hashable, enough: int) -> int:
+        stream = self._streams[stream_id]
+        return self.blocks(stream.input_tokens + stream.composed - stream.cached_tokens)
+
+    def blocks_beside(self, stream_ids: list[Hashable]) -> int:
+        return self._engine.rules.kv_blocks - sum(self._streams[each].blocks for each in stream_ids)
+
+    def preempt(self, stream_id: Hashable, now: float) -> bool:
+        self._engine.preempt(self._streams[stream_id], now)
+        return True
+
+    def put_first(self, stream_ids: list[Hashable]) -> None:
+        for stream in [self._streams[each] for each in reversed(stream_ids)]:
+            self._engine.waiting.remove(stream)
+            self._engine.waiting.appendleft(stream)
+
+    def put_last(self, stream_ids: list[Hashable]) -> None:
+        for stream in [self._streams[each] for each in stream_ids]:
+            self._engine.waiting.remove(stream)
+            self._engine.waiting.append(stream)
+
+    def serve_by(self, rank: Callable[[Hashable], Any]) -> None:
+        self._engine.running.sort(key=lambda stream: rank(stream.key))
+
+    def serve_last(self, stream_ids: list[Hashable]) -> None:
+        last = set(stream_ids)
+        running = [stream for stream in self._engine.running if stream.key not in last]
+        self._engine.running = running + [self._streams[each] for each in stream_ids]

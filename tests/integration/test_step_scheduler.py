@@ -202,15 +202,24 @@ def vllm_config(demo_model: Path) -> VllmConfig:
     ).create_engine_config()
 
 
-@pytest.fixture
-def new_stepper(vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Stepper]:
+@pytest.fixture(params=["model runner V1", "V2"])
+def new_stepper(
+    vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Callable[..., Stepper]:
+    """V2 is what runs on GPUs; vLLM's scheduler treats its requests otherwise in some places."""
     import torch
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+    from vllm.v1.kv_cache_interface import (
+        FullAttentionSpec,
+        KVCacheConfig,
+        KVCacheGroupSpec,
+        SlidingWindowSpec,
+    )
     from vllm.v1.structured_output import StructuredOutputManager
 
     from serving.step_scheduler import SeatScheduler
 
-    def new(kv_blocks: int = 1_000, step_tokens: int = 2_048) -> Stepper:
+    def new(kv_blocks: int = 1_000, step_tokens: int = 2_048, window: int | None = None) -> Stepper:
+        """`window`: of half of the layers, in tokens."""
         table, path = StepTable.create(MACHINE, 1e9)
         for row in (SOLD, FREE, OTHER):
             table.write_seat(row, SeatRow(0.0, 1_000.0, 1.0, 1.0))
@@ -221,14 +230,22 @@ def new_stepper(vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> Cal
         # Set back after the test: the configuration takes seconds to make, so all tests here share one.
         monkeypatch.setattr(vllm_config.scheduler_config, "max_num_batched_tokens", step_tokens)
         spec = FullAttentionSpec(block_size=KV_BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32)
+        groups = [KVCacheGroupSpec(["layer"], spec)]
+        if window is not None:
+            sliding = SlidingWindowSpec(
+                block_size=KV_BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32, sliding_window=window
+            )
+            groups.append(KVCacheGroupSpec(["sliding layer"], sliding))
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(request.param == "V2")))
         scheduler = SeatScheduler(
             vllm_config,
-            KVCacheConfig(kv_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
+            KVCacheConfig(kv_blocks, [], groups),
             StructuredOutputManager(vllm_config),
             block_size=KV_BLOCK,
             log_stats=True,
         )
         path.unlink()
+        assert scheduler.use_v2_model_runner == (request.param == "V2")
         return Stepper(scheduler, table, clock)
 
     return new
@@ -365,7 +382,7 @@ def test_full_kv_cache_takes_from_borrowed_work_first(new_stepper: Callable[...,
     assert not set(stepper.preempted) & set(owed)
     assert {len(stepper.made[name]) for name in owed + borrowed} == {400}
     assert max(stepper.made[owed[0]]) < max(stepper.made[borrowed[-1]])
-    assert stepper.scheduler._free_blocks_left() == 119
+    assert stepper.scheduler._step_engine.free_blocks() == 119
 
 
 def test_an_owed_prompt_takes_kv_cache_from_borrowed_work(new_stepper: Callable[..., Stepper]) -> None:
@@ -374,12 +391,68 @@ def test_an_owed_prompt_takes_kv_cache_from_borrowed_work(new_stepper: Callable[
     for _ in range(4):
         stepper.add(prompt=300, output=200)
     stepper.run(60)
-    assert stepper.scheduler._free_blocks_left() < 50
+    assert stepper.scheduler._step_engine.free_blocks() < 50
     owed = stepper.add(SOLD, prompt=900, output=100)
     stepper.run(10)
     assert stepper.made[owed]
     stepper.finish()
     assert len(stepper.made[owed]) == 100
+
+
+def test_nothing_is_taken_for_an_owed_prompt_that_would_not_fit_even_so(
+    new_stepper: Callable[..., Stepper],
+) -> None:
+    stepper = new_stepper(kv_blocks=101)
+    stepper.sell(50.0)
+    stepper.sell(50.0, row=OTHER)
+    large = stepper.add(OTHER, prompt=1_400, output=30)
+    borrowed = [stepper.add(prompt=40, output=100) for _ in range(2)]
+    stepper.run(10)
+    owed = stepper.add(SOLD, prompt=320, output=5)
+    later = stepper.add(prompt=8, output=5)
+    stepper.run(15)
+    assert stepper.preempted == [], "88 of 100 blocks are of owed work, and 20 are needed"
+    assert stepper.made[later], "who fits need not wait behind it"
+    assert not stepper.made[owed]
+    while large not in stepper.finished:
+        stepper.step()
+    stepper.run(4)
+    assert stepper.made[owed]
+    assert not set(borrowed) & stepper.finished
+    stepper.finish()
+
+
+def test_layers_with_blocks_of_their_own_are_counted(new_stepper: Callable[..., Stepper]) -> None:
+    stepper = new_stepper(kv_blocks=150, window=256)
+    stepper.sell(50.0)
+    borrowed = [stepper.add(prompt=400, output=200) for _ in range(2)]
+    stepper.run(5)
+    # 900 tokens that are read at once need 57 blocks of each kind.
+    assert 57 <= stepper.scheduler._step_engine.free_blocks() < 114
+    owed = stepper.add(SOLD, prompt=900, output=100)
+    stepper.run(5)
+    assert stepper.made[owed]
+    assert set(stepper.preempted) == set(borrowed)
+    stepper.finish()
+    assert {len(stepper.made[name]) for name in borrowed} == {200}
+    assert len(stepper.made[owed]) == 100
+    assert stepper.scheduler._step_engine.free_blocks() == 149
+
+
+def test_what_was_held_is_told_when_the_last_request_leaves(new_stepper: Callable[..., Stepper]) -> None:
+    stepper = new_stepper()
+    stepper.sell(420.0)
+    for row in (SOLD, *[FREE] * (SLOTS - 1)):
+        stepper.add(row)
+    held_s, before = 0.0, stepper.clock.now
+    for _ in range(100):
+        stepper.step()
+        held_s += stepper.scheduler._step_policy.held * (stepper.clock.now - before)
+        before = stepper.clock.now
+    for name in stepper.requests:
+        stepper.abort(name)
+    assert held_s > 0.3
+    assert stepper.table.held_s(FREE) == pytest.approx(held_s, rel=0.1)
 
 
 def test_what_the_prefix_cache_had_is_not_prefilled_for_the_policy(
@@ -459,7 +532,7 @@ def test_any_order_of_arrivals_and_ends_leaves_nothing_behind(
         made = len(stepper.made[name])
         assert made == request.max_tokens or request.status.name == "FINISHED_ABORTED"
     assert not stepper.scheduler._step_policy.streams
-    assert stepper.scheduler._free_blocks_left() == kv_blocks - 1
+    assert stepper.scheduler._step_engine.free_blocks() == kv_blocks - 1
     readings = stepper.table.read()
     assert readings.held == 0
     assert readings.steps > 600
@@ -844,10 +917,10 @@ def test_streams_whose_block_ends_finish_and_are_owed_nothing_more(
 def test_another_vllm_is_refused_by_name(vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     from serving import step_scheduler
 
-    step_scheduler._refuse_unknown(vllm_config)
+    step_scheduler.refuse_unknown(vllm_config)
     monkeypatch.setattr(step_scheduler, "vllm_version", "0.33.0")
     with pytest.raises(ValueError, match=r"vLLM 0\.32\.x, not 0\.33\.0"):
-        step_scheduler._refuse_unknown(vllm_config)
+        step_scheduler.refuse_unknown(vllm_config)
 
 
 @pytest.mark.parametrize(
@@ -875,10 +948,10 @@ def test_configurations_it_was_not_written_for_are_refused(
         ),
     }
     config: Any = SimpleNamespace(**figures, lora_config=None, kv_transfer_config=None)
-    step_scheduler._refuse_unknown(config)
+    step_scheduler.refuse_unknown(config)
     setattr(figures[place], name, value)
     with pytest.raises(ValueError, match=said):
-        step_scheduler._refuse_unknown(config)
+        step_scheduler.refuse_unknown(config)
 
 
 @pytest.mark.parametrize("name", ["lora_config", "kv_transfer_config"])
@@ -891,10 +964,10 @@ def test_lora_and_kv_connectors_are_refused(vllm_config: VllmConfig, name: str) 
         lora_config=None,
         kv_transfer_config=None,
     )
-    step_scheduler._refuse_unknown(config)
+    step_scheduler.refuse_unknown(config)
     setattr(config, name, object())
     with pytest.raises(ValueError, match="neither LoRA adapters nor KV connectors"):
-        step_scheduler._refuse_unknown(config)
+        step_scheduler.refuse_unknown(config)
 
 
 def test_an_operators_own_scheduler_is_refused(tmp_path: Path, demo_model: Path) -> None:

@@ -196,6 +196,14 @@ def test_the_error_is_the_mean_relative_error_of_late() -> None:
     assert noisy.error == pytest.approx(0.8 * 0.2, abs=0.05)
 
 
+def test_the_error_is_of_what_steps_were_chosen_by() -> None:
+    """By the time that a step is learned from, the fit has followed the steps before it."""
+    fit = taught(StepTimeFit(GUESS), DENSE, 1_000)
+    for prefill, decodes, kv_tokens, seconds in steps(DENSE, 300):
+        fit.observe(prefill, decodes, kv_tokens, seconds, 1.5 * seconds)
+    assert fit.error == pytest.approx(1 / 3, abs=0.02)
+
+
 def test_the_error_grows_when_the_machine_is_another() -> None:
     fit = taught(StepTimeFit(GUESS), DENSE, 2_000, noise=0.02)
     before = fit.error

@@ -35,7 +35,7 @@ def known(step_time: StepTime = MACHINE) -> StepTimeFit:
 class FrozenFit(StepTimeFit):
     """One that is wrong and stays so."""
 
-    def observe(self, prefill_tokens: float, decodes: float, kv_tokens: float, seconds: float) -> None:
+    def observe(self, *step: float | None) -> None:
         pass
 
 
