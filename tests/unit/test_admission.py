@@ -615,14 +615,14 @@ def test_decision_takes_at_most_100_us_at_p99_with_1000_seats_and_10000_queued()
     while best > 100e-6 and time.monotonic() < give_up_at:
         took = []
         now += 1.0
-        for i in range(250):
+        for i in range(2_000):
             ticket = running.pop(0)
             seat_id = ticket.seat.terms.seat_id
-            began = time.perf_counter()
+            began = time.thread_time()
             admission.record_step([(ticket, 30 + i % 50)], now)
             admission.release(ticket, now)
             running += admission.dispatch(now)
-            took.append(time.perf_counter() - began)
+            took.append(time.thread_time() - began)
             put(admission, seat_id, ask(50 + i % 70, 100), now=now)
         best = min(best, sorted(took)[int(0.99 * len(took))])
     assert best <= 100e-6, f"best batch's p99: {best * 1e6:.0f} us"
