@@ -17,7 +17,8 @@ Theory of operation (docs/scheduling.md derives the bounds):
 * `submit` checks the request limit, the token limit and the queue's room, and only then debits them
   all; a refused request costs nothing.
 
-All methods take `now` in seconds of one monotonic clock and never block.
+All methods take `now` in seconds of one monotonic clock and never block. What the engine did is told with
+the time at which it did it, which may lie behind that of the calls before.
 """
 
 from __future__ import annotations
@@ -159,9 +160,10 @@ class Admission:
             return ticket.expires_at
         return None
 
-    def release(self, ticket: Ticket, now: float) -> None:
+    def release(self, ticket: Ticket, now: float, ended_at: float | None = None) -> None:
         """The request is over, for whatever reason: a queued one is canceled, a running one finishes,
-        one that has ended already stays as it is."""
+        one that has ended already stays as it is. `ended_at` is when the engine finished it, which may lie
+        behind `now`: from then on it is owed nothing."""
         if ticket.state is State.QUEUED:
             ticket.apply(Event.CANCEL)
             self._leave_queue(ticket, now)
@@ -169,6 +171,7 @@ class Admission:
             ticket.seat.tokens.give_back(ticket.reserved_tokens, now)
         elif ticket.state is State.RUNNING:
             ticket.apply(Event.FINISH)
+            ticket.seat.ledger.end(ticket.number, ticket.count, now if ended_at is None else ended_at)
             self._finish(ticket, now)
 
     # --- what the engine did -----------------------------------------------------------------------
@@ -444,7 +447,6 @@ class Admission:
         seat.tokens.give_back(ticket.reserved_tokens - used, now)
         mean = ticket.produced / ticket.count
         seat.expected_output += self.policy.output_mean_smoothing * (mean - seat.expected_output)
-        seat.ledger.end(ticket.number, ticket.count, now)
         self._set_in_flight(seat, -ticket.count)
         self._ends.count(ticket.count, now)
         self._refresh(seat)

@@ -230,7 +230,7 @@ class Node:
         finally:
             if place.ticket is not None:
                 self._waiting.pop(place.ticket.number, None)
-                self._release(place.ticket)
+                self._release(place.ticket, self.clock())
                 self.pump()
 
     def foresee(self, pledge: PledgeEntitlement, *, queues: bool) -> Refusal | None:
@@ -298,7 +298,8 @@ class Node:
         for request_id in finished:
             ticket = self._running.get(request_id)
             if ticket is not None:
-                self._release(ticket)
+                # Not at the clock: a busy event loop comes here late, and would call it owed meanwhile.
+                self._release(ticket, now)
         if finished or started or self._more_is_of_use():
             self.pump()
 
@@ -327,6 +328,6 @@ class Node:
             assert ticket.refusal is not None
             verdict.refuse(ticket.refusal)
 
-    def _release(self, ticket: Ticket) -> None:
-        self.admission.release(ticket, self.clock())
+    def _release(self, ticket: Ticket, ended_at: float) -> None:
+        self.admission.release(ticket, self.clock(), ended_at)
         self._running.pop(engine_request_id(ticket), None)

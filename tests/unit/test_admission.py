@@ -589,6 +589,18 @@ def test_every_ticket_ends_exactly_once() -> None:
     assert (admission.in_flight, reading.in_flight, reading.requests["dispatched"]) == (0, 0, 1)
 
 
+def test_limits_go_by_the_clock_when_the_engine_has_ended_a_request_before() -> None:
+    readings = []
+    for ended_at in (None, 0.5):
+        admission = node(terms("a", tpm=6_000))
+        [ticket] = put(admission, "a", ask(1_000, 10), now=1.0)
+        put(admission, "a", ask(1_000, 10), now=2.0)
+        admission.dispatch(2.0)
+        admission.release(ticket, 2.0, ended_at)
+        readings.append(admission.read_limits("a", 3.0))
+    assert readings[0] == readings[1], "no second is refilled twice"
+
+
 def test_late_tokens_of_an_ended_request_count_as_delivered_and_cost_nothing_more() -> None:
     admission = node(terms("a"))
     [ticket] = put(admission, "a")

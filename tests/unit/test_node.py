@@ -49,8 +49,10 @@ def pledge(name: str = "a", **changes: Any) -> PledgeEntitlement:
     return PledgeEntitlement(**(fields | changes))
 
 
-def snapshot(*pledges: PledgeEntitlement, revision: int = 1) -> Entitlements:
-    pool = PoolTerms(slug="p", status=PoolStatus.ACTIVE, guarantee_tok_s=5.0, prefill_tok_s=1000.0)
+def snapshot(*pledges: PledgeEntitlement, revision: int = 1, guarantee_tok_s: float = 5.0) -> Entitlements:
+    pool = PoolTerms(
+        slug="p", status=PoolStatus.ACTIVE, guarantee_tok_s=guarantee_tok_s, prefill_tok_s=1000.0
+    )
     return Entitlements(version=1, store_id="s", revision=revision, pool=pool, pledges=pledges)
 
 
@@ -116,6 +118,48 @@ async def test_slot_is_free_when_the_engine_is_done_however_slow_the_reader() ->
     slow.leave.set()
     second.leave.set()
     await settle()
+    assert_empty(node)
+
+
+async def test_answer_is_owed_nothing_for_the_time_that_the_event_loop_lags() -> None:
+    node, clocks = node_with(pledge())
+    node.apply(snapshot(pledge(), revision=2, guarantee_tok_s=100.0))
+    caller, second = Caller(node, Verdict(pledge())), Caller(node, Verdict(pledge()))
+    await settle()
+    name = caller.ticket_id
+    assert name is not None
+    # Five tokens within 40 ms, all of which the event loop sees 200 ms later.
+    made_at = [clocks.now + 0.01 * step for step in range(5)]
+    clocks.advance(0.24)
+    for at in made_at[:-1]:
+        node.record_step([StepOutput(name, 1, 0)], [], at)
+    node.record_step([StepOutput(name, 1, 0)], [name], made_at[-1])
+    reading = node.admission.read("a", clocks.now)
+    assert reading.owed_tokens == pytest.approx(4.0)
+    assert (reading.output_tokens, reading.shortfall_tokens) == (5, 0.0)
+    assert reading.borrowed_tokens == pytest.approx(1.0), "the last token was due before it ended"
+    await settle()
+    assert second.ticket_id is not None, "the place is taken at once"
+    # Its caller comes later still, and ends nothing a second time.
+    caller.leave.set()
+    await settle()
+    assert node.admission.read("a", clocks.now).owed_tokens == pytest.approx(4.0)
+    second.leave.set()
+    await settle()
+    assert_empty(node)
+
+
+async def test_canceled_request_is_owed_its_rate_until_its_client_left() -> None:
+    node, clocks = node_with(pledge())
+    caller = Caller(node, Verdict(pledge()))
+    await settle()
+    assert caller.ticket_id is not None
+    node.record_step([StepOutput(caller.ticket_id, 1, 0)], [], clocks.now)
+    clocks.advance(2.0)
+    caller.task.cancel()
+    await settle()
+    clocks.advance(10.0)
+    assert node.admission.read("a", clocks.now).owed_tokens == pytest.approx(2.0 * 5.0)
     assert_empty(node)
 
 
