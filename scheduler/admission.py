@@ -222,7 +222,7 @@ class Admission:
 
     def read(self, seat_id: str, now: float) -> SeatReading:
         seat = self._seats[seat_id]
-        seat.ledger.advance(now)
+        owed_seconds, missed_seconds = seat.ledger.seconds(now)
         return SeatReading(
             seat_id=seat_id,
             queued=len(seat.queue),
@@ -235,6 +235,8 @@ class Admission:
             borrowed_tokens=seat.ledger.borrowed,
             behind_tokens=seat.ledger.behind,
             shortfall_tokens=seat.ledger.shortfall,
+            owed_seconds=owed_seconds,
+            missed_seconds=missed_seconds,
             attainment={1: seat.ledger.lowest_second(now)}
             | {window: seat.ledger.attainment(window, now) for window in WINDOWS_S if window > 1},
             virtual_time=seat.tag,

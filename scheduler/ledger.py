@@ -23,6 +23,8 @@ _KEPT_S = max(WINDOWS_S) + 2
 _LOOKED_BACK_S = 12
 """Seconds of which the lowest is told: who looks every 10 s, as reports do, misses none."""
 _WHOLE = 0.999
+_MET_FROM = 0.95
+"""A second is missed if less than this share of what was owed in it was delivered."""
 
 
 @dataclass(slots=True)
@@ -36,9 +38,9 @@ class _Second:
 class Ledger:
     """Owed and delivered, token by token.
 
-    Invariants: `owed` and `delivered` only grow; `rate` is `min(q*g, g*m)`; the deadlines kept are
-    those of unfinished requests without a first token, so their number is bounded by the seat's queue
-    and the engine's slots. Seconds are whole seconds of the caller's clock.
+    Invariants: `owed`, `delivered` and what `seconds` counts only grow; `rate` is `min(q*g, g*m)`; the
+    deadlines kept are those of unfinished requests without a first token, so their number is bounded by the
+    seat's queue and the engine's slots. Seconds are whole seconds of the caller's clock.
     """
 
     def __init__(self, guarantee_tok_s: float, quantity: int, now: float) -> None:
@@ -49,6 +51,9 @@ class Ledger:
         self._waiting: dict[int, tuple[float, int]] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._seconds = [_Second() for _ in range(_KEPT_S)]
+        self._judged = -1
+        self._owed_seconds = 0
+        self._missed_seconds = 0
         self._period_owed = 0.0
         self._period_delivered = 0
         self._due = 0.0
@@ -136,14 +141,24 @@ class Ledger:
         """The lowest attainment of a whole second of late. Only seconds count throughout which something was
         owed: in a part of one a token more or less decides. None if there is none."""
         self.advance(now)
-        # It stays the lowest once told, so later than the windows: its tokens must be in.
-        last = int(now - 2 * _SETTLE_S) - 1
+        last = _last_final(now)
         shares = [
             min(1.0, second.delivered / second.owed)
             for second in self._seconds
             if last - _LOOKED_BACK_S < second.index <= last and second.owing_s > _WHOLE
         ]
         return min(shares, default=None)
+
+    def seconds(self, now: float) -> tuple[int, int]:
+        """Whole seconds since the ledger began throughout which something was owed, and of these the missed
+        ones. They are counted when looked at and before they are forgotten: tokens pay nothing for it."""
+        self.advance(now)
+        last = _last_final(now)
+        for second in self._seconds:
+            if self._judged < second.index <= last:
+                self._judge(second)
+        self._judged = max(self._judged, last)
+        return self._owed_seconds, self._missed_seconds
 
     def _owe_until(self, now: float) -> None:
         rate = self.rate
@@ -164,8 +179,16 @@ class Ledger:
     def _second(self, index: int) -> _Second:
         second = self._seconds[index % _KEPT_S]
         if second.index != index:
+            if second.index > self._judged:
+                self._judge(second)
             second.index, second.owing_s, second.owed, second.delivered = index, 0.0, 0.0, 0
         return second
+
+    def _judge(self, second: _Second) -> None:
+        if second.owing_s > _WHOLE:
+            self._owed_seconds += 1
+            # Rounded, since what is owed is a sum of fractions and just enough tokens are enough.
+            self._missed_seconds += second.delivered < round(_MET_FROM * second.owed, 6)
 
     def _close_period(self) -> None:
         self.shortfall += self.behind
@@ -179,3 +202,9 @@ class Ledger:
         if len(self._deadlines) > 2 * len(self._waiting) + 16:
             self._deadlines = [(due, number) for number, (due, _) in self._waiting.items()]
             heapq.heapify(self._deadlines)
+
+
+def _last_final(now: float) -> int:
+    """The last whole second of which all tokens are in. What is told of it stays told, so it comes later than
+    the windows."""
+    return int(now - 2 * _SETTLE_S) - 1

@@ -93,6 +93,10 @@ class SeatReading:
     borrowed_tokens: float
     behind_tokens: float
     shortfall_tokens: float
+    owed_seconds: int
+    """Whole seconds throughout which something was owed."""
+    missed_seconds: int
+    """Of these, those that got less than 95 % of it."""
     attainment: dict[int, float | None]
     """By window length in seconds; None where nothing was owed."""
     virtual_time: float

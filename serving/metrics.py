@@ -49,6 +49,16 @@ _SUMS: tuple[tuple[str, str, Callable[[SeatReading], float]], ...] = (
         "Owed and not delivered by the end of their busy period",
         attrgetter("shortfall_tokens"),
     ),
+    (
+        "boosts_owed_seconds",
+        "Whole seconds throughout which a seat was owed something",
+        attrgetter("owed_seconds"),
+    ),
+    (
+        "boosts_missed_seconds",
+        "Of these, seconds in which it got less than 95 % of it",
+        attrgetter("missed_seconds"),
+    ),
 )
 """Counters that are sums over the seats."""
 

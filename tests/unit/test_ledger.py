@@ -171,6 +171,62 @@ def test_a_bad_second_is_told_once_it_is_over_and_for_twelve_seconds(now: float,
     assert book.lowest_second(now) == pytest.approx(lowest)
 
 
+def test_every_whole_second_that_was_owed_is_counted_once_and_with_less_than_95_percent_as_missed() -> None:
+    # Steps end at odd times: of what is owed there are only sums of fractions.
+    for tokens, missed in ((47, 3), (48, 0)):
+        book = ledger()
+        book.expect(1, 1, deadline=90.0)
+        book.first_token(1, 0.7)
+        for second in range(1, 20):
+            for step in range(10):
+                made = tokens - 45 if step == 9 and second in (3, 4, 11) else 5
+                book.deliver(made, second + 0.03 + 0.0937 * step)
+        book.end(1, 1, 20.4)
+        # Those in which the busy period began and ended are cut.
+        assert [book.seconds(at) for at in (20.9, 21.1, 90.0)] == [(18, missed), (19, missed), (19, missed)]
+
+
+def test_exactly_95_percent_is_enough() -> None:
+    book = Ledger(40.0, 1, now=0.0)
+    book.expect(1, 1, deadline=0.0)
+    # The sum of what is owed from step to step is a hair above 40 in some seconds.
+    for second in range(50):
+        for step in range(38):
+            book.deliver(1, second + step / 38)
+    assert book.seconds(51.9) == (50, 0)
+
+
+def test_seconds_are_counted_however_rarely_they_are_looked_at() -> None:
+    book, watched = ledger(), ledger()
+    looks = []
+    for one in (book, watched):
+        one.expect(1, 1, deadline=0.0)
+        for second in range(1_000):
+            one.deliver(20 if second % 10 == 7 else 50, second + 0.5)
+            if one is watched:
+                looks.append(one.seconds(second + 0.5))
+        one.end(1, 1, 1_000.0)
+    # An idle gap, in which the last seconds stay where they are until they are looked at.
+    assert book.seconds(1e6) == watched.seconds(1e6) == (1_000, 100)
+    assert looks == sorted(looks), "they only grow"
+
+
+def test_seconds_of_a_long_silence_are_all_owed_and_all_missed() -> None:
+    book = ledger()
+    book.expect(1, 1, deadline=0.0)
+    book.end(1, 1, 500.0)
+    assert book.seconds(502.0) == (500, 500)
+
+
+def test_tokens_that_come_late_count_in_the_second_in_which_they_were_made() -> None:
+    book = ledger()
+    book.expect(1, 1, deadline=0.0)
+    book.deliver(40, 0.9)
+    assert book.seconds(1.95) == (0, 0)
+    book.deliver(10, 0.95)
+    assert book.seconds(2.0) == (1, 0)
+
+
 def test_tokens_that_nothing_was_owed_for_are_borrowed() -> None:
     book = ledger()
     book.expect(1, 1, deadline=9.0)

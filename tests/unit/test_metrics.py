@@ -53,6 +53,8 @@ async def test_a_stream_that_gets_less_than_its_guarantee_shows_in_every_figure(
     # The first, and of the second what was not due yet.
     assert told("borrowed_tokens_total") == pytest.approx(1 + 4 - G / 2)
     assert told("shortfall_tokens_total") == 0
+    # The last second has not settled yet; of the others only the first, with the first token, got all 5.
+    assert (told("owed_seconds_total"), told("missed_seconds_total")) == (19, 18)
     assert told("attainment_lowest", window="1") == pytest.approx(2 / G)
     assert told("attainment_lowest", window="10") == pytest.approx(38 / (10 * G))
     assert told("attainment_lowest", window="60") == pytest.approx((1 + 19 * 4 - 2) / (19 * G), rel=0.02)
