@@ -38,6 +38,10 @@ class SeatThroughput(Document):
     """Delivered beyond what was owed. Like what follows with a default: reports of before have none."""
     held_s: Annotated[float, Field(ge=0)] = 0.0
     """Sequence-seconds that its requests were held between steps."""
+    owed_seconds: Count = 0
+    """Whole seconds throughout which something was owed."""
+    missed_seconds: Count = 0
+    """Of these, those that got less than 95 % of it."""
     attainment_1s: Share | None = None
     """Delivered over owed in the worst second of the last 12, at most 1; null where nothing was owed for a
     whole second."""

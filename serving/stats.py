@@ -99,6 +99,8 @@ def _throughput(reading: SeatReading, held_s: float) -> SeatThroughput:
         borrowed_tokens=reading.borrowed_tokens,
         held_s=held_s,
         shortfall_tokens=reading.shortfall_tokens,
+        owed_seconds=reading.owed_seconds,
+        missed_seconds=reading.missed_seconds,
         attainment_1s=reading.attainment[1],
         attainment_10s=reading.attainment[10],
         attainment_60s=reading.attainment[60],

@@ -45,6 +45,10 @@ class Throughput(Shown):
     """Of the delivered ones, those beyond what was owed."""
     held_s: float
     """Seconds for which requests were held between steps, each by itself."""
+    owed_seconds: int
+    """Whole seconds throughout which something was owed."""
+    missed_seconds: int
+    """Of these, those in which less than 95 % of it was delivered."""
     attainment_1s: Window = Field(alias="attainment1s")
     """The worst second; null where nothing was owed for a whole one."""
     attainment_10s: Window = Field(alias="attainment10s")
@@ -62,6 +66,8 @@ class Throughput(Shown):
             requests=sums.amounts.requests,
             borrowed_tokens=shown_tokens(sums.amounts.borrowed_tokens),
             held_s=round(sums.amounts.held_s, 3),
+            owed_seconds=sums.amounts.owed_seconds,
+            missed_seconds=sums.amounts.missed_seconds,
             **asdict(sums.windows),
         )
 

@@ -11,7 +11,7 @@ import datetime
 import logging
 import operator
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
@@ -53,6 +53,10 @@ class Amounts:
     input_tokens: int = 0
     output_tokens: int = 0
     """Delivered: produced by the engine."""
+    owed_seconds: int = 0
+    """Whole seconds throughout which something was owed."""
+    missed_seconds: int = 0
+    """Of these, those that got less than 95 % of it."""
     owed_tokens: float = 0.0
     shortfall_tokens: float = 0.0
     borrowed_tokens: float = 0.0
@@ -61,9 +65,9 @@ class Amounts:
     """Sequence-seconds for which its requests were held between steps."""
 
     @property
-    def values(self) -> tuple[int, int, int, float, float, float, float]:
+    def values(self) -> tuple[int, int, int, int, int, float, float, float, float]:
         return (
-            *(self.requests, self.input_tokens, self.output_tokens),
+            *(self.requests, self.input_tokens, self.output_tokens, self.owed_seconds, self.missed_seconds),
             *(self.owed_tokens, self.shortfall_tokens, self.borrowed_tokens, self.held_s),
         )
 
@@ -80,12 +84,7 @@ class Amounts:
             return (2 * count * elapsed + whole) // (2 * whole)
 
         share = elapsed / whole
-        return Amounts(
-            rounded(self.requests),
-            rounded(self.input_tokens),
-            rounded(self.output_tokens),
-            *(amount * share for amount in self.values[3:]),
-        )
+        return self._each(rounded, lambda amount: amount * share)
 
     @property
     def backwards(self) -> bool:
@@ -94,8 +93,12 @@ class Amounts:
 
     def rises(self) -> Amounts:
         """As a difference of counters: those that went up."""
-        requests, inputs, outputs = (max(count, 0) for count in self.values[:3])
-        return Amounts(requests, inputs, outputs, *(max(amount, 0.0) for amount in self.values[3:]))
+        return self._each(lambda count: max(count, 0), lambda amount: max(amount, 0.0))
+
+    def _each(self, of_count: Callable[[int], int], of_amount: Callable[[float], float]) -> Amounts:
+        """With one function applied to what is counted, and another to what is measured."""
+        values: list[Any] = [*map(of_count, self.values[:_COUNTS]), *map(of_amount, self.values[_COUNTS:])]
+        return Amounts(*values)
 
     @classmethod
     def of(cls, row: SeatCounters | ThroughputMinute) -> Amounts:
@@ -107,6 +110,8 @@ class Amounts:
             requests=seat.dispatched,
             input_tokens=seat.input_tokens,
             output_tokens=seat.output_tokens,
+            owed_seconds=seat.owed_seconds,
+            missed_seconds=seat.missed_seconds,
             owed_tokens=seat.owed_tokens,
             shortfall_tokens=seat.shortfall_tokens,
             borrowed_tokens=seat.borrowed_tokens,
@@ -115,6 +120,8 @@ class Amounts:
 
 
 _AMOUNTS = tuple(field.name for field in fields(Amounts))
+_COUNTS = 5
+"""So many of them, the first, are whole numbers."""
 _NOTHING = Amounts()
 
 
@@ -421,9 +428,9 @@ async def _summed(
     return {
         # PostgreSQL sums its 64-bit integers as decimals.
         group: Sums(
-            Amounts(int(requests), int(inputs), int(outputs), *rest[: -len(_ATTAINMENTS)]),
+            Amounts(*map(int, sums[:_COUNTS]), *sums[_COUNTS : -len(_ATTAINMENTS)]),
             met,
-            Attainments(*rest[-len(_ATTAINMENTS) :]),
+            Attainments(*sums[-len(_ATTAINMENTS) :]),
         )
-        for group, met, requests, inputs, outputs, *rest in rows
+        for group, met, *sums in rows
     }

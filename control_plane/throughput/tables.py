@@ -39,6 +39,8 @@ class SeatCounters(Table):
     shortfall_tokens: Mapped[float]
     borrowed_tokens: Mapped[float] = mapped_column(default=0.0)
     held_s: Mapped[float] = mapped_column(default=0.0)
+    owed_seconds: Mapped[int] = mapped_column(BigInteger, default=0)
+    missed_seconds: Mapped[int] = mapped_column(BigInteger, default=0)
 
 
 class ThroughputMinute(Table):
@@ -56,6 +58,10 @@ class ThroughputMinute(Table):
     borrowed_tokens: Mapped[float] = mapped_column(default=0.0)
     held_s: Mapped[float] = mapped_column(default=0.0)
     """Sequence-seconds for which its requests were held between steps."""
+    owed_seconds: Mapped[int] = mapped_column(BigInteger, default=0)
+    """Whole seconds throughout which something was owed."""
+    missed_seconds: Mapped[int] = mapped_column(BigInteger, default=0)
+    """Of these, those that got less than 95 % of it."""
     attainment_1s: Mapped[float | None]
     """The lowest of the windows of 1 s that reports of this minute showed; None where nothing was owed."""
     attainment_10s: Mapped[float | None]

@@ -31,15 +31,18 @@ def test_a_report_of_before_the_whole_ledger_is_still_read() -> None:
     """Such reports wait in the spools of nodes."""
     [seat] = parse_report(json.dumps(documents.report())).seats
     assert (seat.borrowed_tokens, seat.held_s, seat.attainment_1s, seat.attainment_10s) == (0, 0, None, None)
+    assert (seat.owed_seconds, seat.missed_seconds) == (0, 0)
 
 
 def test_reports_carry_the_whole_ledger_and_the_capacity() -> None:
     report = documents.report(capacity=documents.measured())
     more = {"borrowed_tokens": 3.5, "held_s": 0.25, "attainment_1s": 0.5, "attainment_10s": 0.75}
+    more |= {"owed_seconds": 100, "missed_seconds": 1}
     report["seats"][0] |= more
     parsed = parse_report(json.dumps(report))
     assert parse_report(parsed.model_dump_json()) == parsed
     assert parsed.seats[0].held_s == 0.25
+    assert (parsed.seats[0].owed_seconds, parsed.seats[0].missed_seconds) == (100, 1)
     assert parsed.capacity is not None
     assert parsed.capacity.slots == 256
 

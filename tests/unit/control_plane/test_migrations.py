@@ -124,8 +124,10 @@ async def test_a_live_database_of_the_first_revision_keeps_what_is_in_it(empty_u
             assert (await session.get_one(Pledge, "pledge")).node_id == "node"
             [counters] = await session.scalars(select(SeatCounters))
             assert (counters.owed_tokens, counters.borrowed_tokens, counters.held_s) == (4.5, 0, 0)
+            assert (counters.owed_seconds, counters.missed_seconds) == (0, 0)
             [minute] = await session.scalars(select(ThroughputMinute))
             assert (minute.output_tokens, minute.borrowed_tokens, minute.attainment_60s) == (3, 0, None)
+            assert (minute.owed_seconds, minute.missed_seconds) == (0, 0)
     finally:
         await database.close()
 

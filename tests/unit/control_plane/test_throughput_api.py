@@ -32,6 +32,8 @@ MINUTE = datetime.timedelta(minutes=1)
 NOTHING_MORE: dict[str, Any] = {
     "borrowedTokens": 0.0,
     "heldS": 0.0,
+    "owedSeconds": 0,
+    "missedSeconds": 0,
     "attainment1s": None,
     "attainment10s": None,
     "attainment60s": None,
@@ -170,6 +172,18 @@ async def test_a_customer_sees_what_was_borrowed_and_held_and_the_worst_windows(
     operators = (await stage.operators()).json()["data"]
     assert [operators["totals"][name] for name in names] == [40.0, 1.75, 0.5, 1.0, 0.98]
     assert [operators["pledges"][0][name] for name in names] == [40.0, 1.75, 0.5, 1.0, 0.98]
+
+
+async def test_everybody_sees_how_many_seconds_were_owed_and_missed(stage: Stage) -> None:
+    await stage.add(NOON - MINUTE, 60.0, 100, owed_seconds=58, missed_seconds=3)
+    await stage.add(NOON, 60.0, 59, owed_seconds=40)
+    mine, operators = await stage.mine(), (await stage.operators()).json()["data"]
+    for found in (mine, operators):
+        seconds = [
+            (part["owedSeconds"], part["missedSeconds"]) for part in (*found["minutes"], found["totals"])
+        ]
+        assert seconds == [(58, 3), (40, 0), (98, 3)]
+    assert (operators["pledges"][0]["owedSeconds"], operators["pledges"][0]["missedSeconds"]) == (98, 3)
 
 
 async def test_the_window_is_so_many_minutes_with_the_running_one(stage: Stage, clock: ManualClock) -> None:

@@ -103,9 +103,9 @@ async def test_counters_become_increases_by_minute(stage: Stage) -> None:
         report(2, stage.of(160), at=NOON + 30 * SECOND), report(3, stage.of(400), at=now), now=now
     )
     assert await stage.minutes() == {
-        NOON - MINUTE: Amounts(10, 200, 100, 100.0, 10.0),
-        NOON: Amounts(6 + 12, 120 + 240, 60 + 120, 180.0, 18.0),
-        NOON + MINUTE: Amounts(12, 240, 120, 120.0, 12.0),
+        NOON - MINUTE: Amounts(10, 200, 100, 0, 0, 100.0, 10.0),
+        NOON: Amounts(6 + 12, 120 + 240, 60 + 120, 0, 0, 180.0, 18.0),
+        NOON + MINUTE: Amounts(12, 240, 120, 0, 0, 120.0, 12.0),
     }
 
 
@@ -121,6 +121,25 @@ async def test_borrowed_tokens_and_held_seconds_are_summed_by_minute_like_the_re
         NOON: (15.0, 2.0),
         NOON + MINUTE: (15.0, 2.0),
     }
+
+
+async def test_seconds_owed_and_missed_are_summed_by_minute_and_old_nodes_have_none(stage: Stage) -> None:
+    def counted(output: int, **seconds: int) -> SeatThroughput:
+        return seat(stage.pledge.id, output, **seconds)
+
+    await stage.send(report(1, counted(100)), report(1, counted(100, owed_seconds=9), boot="newer"))
+    await stage.send(
+        report(2, counted(900, owed_seconds=49, missed_seconds=2), boot="newer", at=NOON + 40 * SECOND),
+        now=NOON + 40 * SECOND,
+    )
+    minutes = await stage.minutes()
+    assert {minute: (part.owed_seconds, part.missed_seconds) for minute, part in minutes.items()} == {
+        NOON - MINUTE: (9, 0),
+        NOON: (40, 2),
+    }
+    async with stage.database.read() as session:
+        [pool] = (await service.by_pledge(session, stage.pool.id, NOON - MINUTE)).values()
+    assert (pool.amounts.owed_seconds, pool.amounts.missed_seconds) == (49, 2)
 
 
 async def test_a_minute_keeps_the_lowest_attainment_of_each_window(stage: Stage) -> None:
