@@ -52,6 +52,7 @@ class Ledger:
         self._deadlines: list[tuple[float, int]] = []
         self._seconds = [_Second() for _ in range(_KEPT_S)]
         self._judged = -1
+        """The second up to which `seconds` has counted."""
         self._owed_seconds = 0
         self._missed_seconds = 0
         self._period_owed = 0.0
