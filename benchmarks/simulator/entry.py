@@ -27,8 +27,8 @@ class EntryPolicy(Protocol):
     """One order of entry. Calls come in order of time; `now` is in seconds.
 
     Contract: a request that `submit` accepts is returned by `enter` exactly once, and one that it refuses
-    never. A policy with `conserves_work` refuses nothing, and returns somebody whenever it has somebody whom
-    `fits` would take.
+    never. A policy with `conserves_work` refuses nothing, and goes on returning somebody while `fits` would
+    take each of those whom it has: one that does not fit may hold up the others, if it is his turn.
     """
 
     name: str
@@ -198,11 +198,12 @@ class Ours:
     """The production `Admission`: a seat for each client, its quantity the weight, and no guarantee sold.
 
     It keeps its own account of the engine's slots and KV cache, by what it expects of lengths, and does not
-    ask `fits`: what it lets in and the engine has no room for yet waits there, as it does in vLLM.
+    ask `fits`: what it lets in and the engine has no room for yet waits there, as it does in vLLM. It
+    conserves work by that account alone: KV cache that it expects to be needed stays free until it is.
     """
 
     name = "ours"
-    conserves_work = True
+    conserves_work = False
 
     def __init__(
         self, weights: Mapping[str, float], capacity: Capacity, policy: Policy | None = None

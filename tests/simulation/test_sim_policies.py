@@ -7,7 +7,17 @@ import pytest
 
 from benchmarks.simulator.continuous import ContinuousEngine
 from benchmarks.simulator.engine import Rules
-from benchmarks.simulator.entry import EntryPolicy, Fcfs, Lcf, Ours, Rpm, Vtc, VtcPredicted, published
+from benchmarks.simulator.entry import (
+    EntryPolicy,
+    Fcfs,
+    Fits,
+    Lcf,
+    Ours,
+    Rpm,
+    Vtc,
+    VtcPredicted,
+    published,
+)
 from benchmarks.simulator.experiment import Played, play
 from benchmarks.simulator.machines import CROWDED, LLAMA2_7B_A10G
 from benchmarks.simulator.reservation import ReservationEngine
@@ -52,7 +62,7 @@ def test_every_request_ends_once_within_slots_and_kv_cache(name: str, kind: str,
         assert served.refused == (served.finished_at is None)
         if served.first_token_at is not None and served.finished_at is not None:
             assert served.request.arrival_s < served.first_token_at <= served.finished_at
-    if policy.conserves_work:
+    if not isinstance(policy, Rpm):
         assert not any(served.refused for served in played.served)
 
 
@@ -74,12 +84,70 @@ def test_a_policy_hands_out_what_it_accepted_exactly_once(name: str) -> None:
     assert sorted(request.number for request in entered) == [request.number for request in accepted]
 
 
-@pytest.mark.parametrize("name", [name for name, make in POLICIES.items() if make().conserves_work])
-def test_who_conserves_work_leaves_no_lone_request_waiting(name: str) -> None:
+@pytest.mark.parametrize("name", POLICIES)
+def test_no_policy_leaves_a_lone_request_waiting(name: str) -> None:
     policy = POLICIES[name]()
     [request, *_] = workload(4).requests
     assert policy.submit(request, 0.0)
     assert policy.enter(lambda request: True, 0.0) == [request]
+
+
+class Watched:
+    """A policy, and how often the engine would have taken one more when it had named all who enter."""
+
+    def __init__(self, policy: EntryPolicy) -> None:
+        self._policy = policy
+        self.name, self.conserves_work = policy.name, policy.conserves_work
+        self.produced, self.finished = policy.produced, policy.finished
+        self._queued: dict[int, Request] = {}
+        self.idle = 0
+
+    def submit(self, request: Request, now: float) -> bool:
+        accepted = self._policy.submit(request, now)
+        if accepted:
+            self._queued[request.number] = request
+        return accepted
+
+    def enter(self, fits: Fits, now: float) -> list[Request]:
+        took_room: set[int] = set()
+
+        def watched_fits(request: Request) -> bool:
+            if taken := fits(request):
+                took_room.add(request.number)
+            return taken
+
+        entering = self._policy.enter(watched_fits, now)
+        for request in entering:
+            del self._queued[request.number]
+            if request.number not in took_room:
+                fits(request)
+        self.idle += bool(self._queued) and fits(next(iter(self._queued.values())))
+        return entering
+
+
+def idle_in_a_rush(policy: EntryPolicy, kind: str, kv_tokens: int) -> int:
+    """How often the policy left room while more requests than fit waited. All are of one size, so that no
+    turn excuses it."""
+    requests = (Request(i, "abc"[i % 3], 0.001 * i, 100, 100) for i in range(150))
+    watched, rush = Watched(policy), Workload("rush", tuple(requests))
+    if kind == "vllm":
+        vllm = ContinuousEngine(CROWDED, Rules(SLOTS, kv_tokens))
+        play(rush, watched, vllm)
+        assert vllm.most_running == SLOTS
+    else:
+        play(rush, watched, ReservationEngine(CROWDED, kv_tokens))
+    return watched.idle
+
+
+@pytest.mark.parametrize("kind", ["vllm", "artifact"])
+@pytest.mark.parametrize("name", [name for name, make in POLICIES.items() if make().conserves_work])
+def test_who_conserves_work_leaves_no_room_while_somebody_waits(name: str, kind: str) -> None:
+    assert idle_in_a_rush(POLICIES[name](), kind, KV) == 0
+
+
+def test_ours_leaves_free_what_it_expects_to_need_and_nothing_else() -> None:
+    assert idle_in_a_rush(ours(), "vllm", KV) > 0
+    assert idle_in_a_rush(Ours({}, Capacity(SLOTS, 100_000)), "vllm", 100_000) == 0
 
 
 def order(policy: EntryPolicy, *sizes: tuple[str, int, int]) -> list[str]:
