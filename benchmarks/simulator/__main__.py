@@ -70,7 +70,8 @@ def _soak(arguments: argparse.Namespace, folder: Path) -> int:
     print(f"{found.simulations} simulations from seed {found.first} in {found.seconds:.0f} s")
     print(
         f"held in {found.held}, preempted in {found.preempted}; a pace judged in {found.pace_judged}, with "
-        f"something held in {found.pace_held}; a promise was broken in {found.broken_seeds}"
+        f"something held in {found.pace_held} and on a machine that slowed down in {found.pace_slowed}; "
+        f"a promise was broken in {found.broken_seeds}"
     )
     for line in found.broken:
         print(line)

@@ -23,6 +23,10 @@ UNLIMITED = 10**9
 TIGHT_EVERY, TIGHT_SPAN_S, READING_SPAN_S = 20, 4.0, 8.0
 """One seed in so many draws a node whose guarantees can just be kept, if borrowed work gives way; one more,
 seats that are busy with reading, for so long."""
+HUGE_SHARE, HUGE_OUTPUT = 0.02, (1_000, 3_000)
+"""So many of the other nodes have a client with answers of so many tokens."""
+AMPLE_KV = 100_000
+"""KV tokens, where time shall be what is short."""
 FREE_SHARE = 0.1
 """Of the machine, which a set of guarantees has to leave free."""
 MACHINES = (QWEN3_8B_H100, LLAMA_70B_8_H100, QWEN35_397B_8_H200, CROWDED, CROWDED)
@@ -31,10 +35,12 @@ MACHINES = (QWEN3_8B_H100, LLAMA_70B_8_H100, QWEN35_397B_8_H200, CROWDED, CROWDE
 def random_scenario(seed: int) -> Scenario:
     """Two to five seats, each with one or two clients of random habits, on a small node."""
     rng = random.Random(f"scenario/{seed}")
+    # Draws of their own: the seeds that they leave alone replay what they did before there were any.
+    drop, huge = random.Random(f"drop/{seed}"), random.Random(f"huge/{seed}")
     if seed % TIGHT_EVERY == TIGHT_EVERY - 1:
-        return _tight_scenario(rng)
+        return _tight_scenario(rng, drop)
     if seed % TIGHT_EVERY == TIGHT_EVERY // 2 - 1:
-        return _reading_scenario(rng)
+        return _reading_scenario(rng, drop)
     slots = rng.choice((2, 4, 8, 12, 20, 40))
     kv_tokens = rng.choice((700, 2_000, 100_000))
     guarantee = rng.choice((0.0, 20.0, 50.0, 100.0))
@@ -42,7 +48,9 @@ def random_scenario(seed: int) -> Scenario:
     names = [f"seat{i}" for i in range(rng.randint(2, 5))]
     return Scenario(
         seats=tuple(_seat(name, guarantee, rng) for name in names),
-        clients=tuple(_client(name, slots, rng) for name in names for _ in range(rng.randint(1, 2))),
+        clients=_with_huge_outputs(
+            [_client(name, slots, rng) for name in names for _ in range(rng.randint(1, 2))], huge
+        ),
         capacity=Capacity(slots, kv_tokens),
         # Small first guesses, bounds and timeouts, so that short runs reach them.
         policy=Policy(
@@ -57,17 +65,20 @@ def random_scenario(seed: int) -> Scenario:
     )
 
 
-def _tight_scenario(rng: random.Random) -> Scenario:
-    """Seats that are sold nearly all that the machine can do, and floods that take the rest and more."""
+def _tight_scenario(rng: random.Random, drop: random.Random) -> Scenario:
+    """Seats that are sold nearly all that the machine can do when it is slowest, and floods that take the
+    rest and more."""
     machine = rng.choice((CROWDED, CROWDED, LLAMA_70B_8_H100))
     slots = rng.choice((20, 40))
+    changes = _drop(Capacity(slots, AMPLE_KV), drop)
+    slowest = _slowest(machine, changes)
     quantities = [rng.choice((1, 1, 2)) for _ in range(rng.randint(2, 4))]
     sold, prefill_tok_s = sum(quantities), 200.0
     # Long, or a lag would end with the request before it is as long as the promise allows.
     long = Shape(input_tokens=(16, 64), output_tokens=(400, 600), max_tokens=600)
     # As many tokens a second as the machine can give each of them, prompts included.
-    step_s = machine.seconds(0, sold, sold * (long.input_tokens[1] + long.max_tokens))
-    left = 1 - FREE_SHARE - machine.prefill_token_s * sold * prefill_tok_s
+    step_s = slowest.seconds(0, sold, sold * (long.input_tokens[1] + long.max_tokens))
+    left = 1 - FREE_SHARE - slowest.prefill_token_s * sold * prefill_tok_s
     guarantee = rng.uniform(0.8, 0.99) * left / step_s
     seats, clients = [], []
     for number, quantity in enumerate(quantities):
@@ -80,27 +91,30 @@ def _tight_scenario(rng: random.Random) -> Scenario:
     return Scenario(
         seats=tuple(seats),
         clients=tuple(clients),
-        capacity=Capacity(slots, 100_000),
+        capacity=Capacity(slots, AMPLE_KV),
         step_time=machine,
         seed_step_time=_guess(machine, rng),
         step_tokens=rng.choice((64, 512, 2_048)),
+        changes=changes,
     )
 
 
-def _reading_scenario(rng: random.Random) -> Scenario:
+def _reading_scenario(rng: random.Random, drop: random.Random) -> Scenario:
     """Seats that ask for more at once than they have seats, long prompts and answers so short that what a
     seat misses while it reads can just be made up for (docs/scheduling.md, "What is not kept")."""
     machine = rng.choice((CROWDED, CROWDED, LLAMA_70B_8_H100))
     slots, step_tokens = rng.choice((20, 40)), rng.choice((64, 512, 2_048))
+    changes = _drop(Capacity(slots, AMPLE_KV), drop)
+    slowest = _slowest(machine, changes)
     quantities = [rng.choice((1, 1, 2)) for _ in range(rng.randint(1, 3))]
     sold = sum(quantities)
     longest_prompt, longest_answer = 500, 150
-    step_s = machine.seconds(0, sold, sold * (longest_prompt + longest_answer))
+    step_s = slowest.seconds(0, sold, sold * (longest_prompt + longest_answer))
     guarantee = rng.uniform(0.1, 0.7) * (1 - FREE_SHARE) / step_s
     # As many prompt tokens a second as a step's time leaves at that pace, and as its tokens do.
-    by_time = ((1 - FREE_SHARE) - guarantee * step_s) / machine.prefill_token_s
+    by_time = ((1 - FREE_SHARE) - guarantee * step_s) / slowest.prefill_token_s
     longest = step_tokens - sold
-    by_tokens = (1 - FREE_SHARE) * longest / (step_s + machine.prefill_token_s * longest)
+    by_tokens = (1 - FREE_SHARE) * longest / (step_s + slowest.prefill_token_s * longest)
     prefill_tok_s = rng.uniform(0.5, 0.95) * min(by_time, by_tokens) / sold
     # At twice the pace an answer has to take longer than its prompt.
     shortest = max(8, min(longest_answer, math.ceil(2 * guarantee * longest_prompt / prefill_tok_s)))
@@ -118,10 +132,11 @@ def _reading_scenario(rng: random.Random) -> Scenario:
     return Scenario(
         seats=tuple(seats),
         clients=tuple(clients),
-        capacity=Capacity(slots, 100_000),
+        capacity=Capacity(slots, AMPLE_KV),
         step_time=machine,
         seed_step_time=_guess(machine, rng),
         step_tokens=step_tokens,
+        changes=changes,
     )
 
 
@@ -192,3 +207,36 @@ def _changes(slots: int, kv_tokens: int, rng: random.Random) -> tuple[Change, ..
     if rng.random() < 0.8:
         return ()
     return (Change(1.0, Capacity(slots + rng.choice((0, 4)), kv_tokens), slowdown=rng.choice((1.0, 3.0))),)
+
+
+def _drop(capacity: Capacity, rng: random.Random) -> tuple[Change, ...]:
+    """In every second run the machine slows down somewhat while the seats are busy, and perhaps recovers."""
+    if rng.random() < 0.5:
+        return ()
+    at_s = rng.uniform(0.5, TIGHT_SPAN_S)
+    slower = Change(at_s, capacity, slowdown=rng.uniform(1.1, 1.3))
+    if rng.random() < 0.5:
+        return (slower,)
+    return (slower, Change(at_s + rng.uniform(0.2, TIGHT_SPAN_S), capacity))
+
+
+def _slowest(machine: StepTime, changes: tuple[Change, ...]) -> StepTime:
+    """The machine while it is slowest: what can be kept then can be kept throughout."""
+    slowdown = max((change.slowdown for change in changes), default=1.0)
+    return replace(
+        machine,
+        base_s=machine.base_s * slowdown,
+        prefill_token_s=machine.prefill_token_s * slowdown,
+        decode_s=machine.decode_s * slowdown,
+        kv_token_s=machine.kv_token_s * slowdown,
+        experts_s=machine.experts_s * slowdown,
+    )
+
+
+def _with_huge_outputs(clients: list[Client], rng: random.Random) -> tuple[Client, ...]:
+    """Now and then one of them asks for answers so long that a few of them fill the KV cache."""
+    if rng.random() < HUGE_SHARE:
+        place = rng.randrange(len(clients))
+        shape = replace(clients[place].shape, output_tokens=HUGE_OUTPUT, max_tokens=HUGE_OUTPUT[1], count=1)
+        clients[place] = replace(clients[place], shape=shape)
+    return tuple(clients)

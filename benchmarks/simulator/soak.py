@@ -39,7 +39,9 @@ class Soak:
     pace_judged: int = 0
     """Simulations in which a seat had a guarantee that could be kept, so that its pace was judged."""
     pace_held: int = 0
-    """Of these, simulations in which something was held."""
+    """Of these, simulations in which something was held,"""
+    pace_slowed: int = 0
+    """and in which the machine slowed down meanwhile."""
     seconds: float = 0.0
 
     def add(self, other: Soak) -> None:
@@ -52,6 +54,7 @@ class Soak:
         self.preempted += other.preempted
         self.pace_judged += other.pace_judged
         self.pace_held += other.pace_held
+        self.pace_slowed += other.pace_slowed
 
     def summary(self) -> dict[str, object]:
         return asdict(self)
@@ -126,6 +129,7 @@ def _play(seeds: range) -> Soak:
         composed = [event for event in events if isinstance(event, trace.Composed)]
         held = any(event.held for event in composed)
         preempted = any(event.preempted for event in composed)
+        slowed = any(isinstance(event, trace.MachineChanged) and event.slowdown > 1.0 for event in events)
         # One line for each seed, or a noisy one would hide the others.
         found.add(
             Soak(
@@ -138,6 +142,7 @@ def _play(seeds: range) -> Soak:
                 preempted=preempted,
                 pace_judged=pace_judged,
                 pace_held=pace_judged and held,
+                pace_slowed=pace_judged and slowed,
             )
         )
     return found

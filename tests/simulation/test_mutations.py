@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.simulator.adversaries import random_scenario
 from scheduler import (
     Admission,
     Ask,
@@ -25,9 +26,11 @@ from scheduler import (
 )
 from scheduler.buckets import TokenBucket
 from scheduler.ledger import Ledger
+from scheduler.paces import Paces
 from scheduler.prompts import Prompts
 from scheduler.seats import Seat, SeatHeap
 from scheduler.step_rules import UNLIMITED
+from scheduler.step_time import StepTimeFit
 from scheduler.steps import Plan, StepPolicy
 from scheduler.streams import StepSeat, Stream
 from tests.simulation import evidence
@@ -418,6 +421,18 @@ def a_late_first_token_is_forgiven(patch: Patch) -> None:
     patch.setattr(StepSeat, "owing", StepSeat.paced)
 
 
+def a_slower_machine_is_not_noticed(patch: Patch) -> None:
+    """The fit does not learn, and no lag is made up for."""
+    follow = Paces.follow
+
+    def mutant(self: Paces, seat: StepSeat, decoded: int, now: float) -> None:
+        seat.counted_at = None
+        follow(self, seat, decoded, now)
+
+    patch.setattr(Paces, "follow", mutant)
+    patch.setattr(StepTimeFit, "observe", lambda self, *_: None)
+
+
 @dataclass(frozen=True)
 class Mutation:
     apply: Callable[[Patch], None]
@@ -492,3 +507,13 @@ def test_broken_promise_is_seen(mutation: Mutation, monkeypatch: Patch) -> None:
     told = (line for line in chain(*runs) if line.startswith(mutation.caught_by))
     caught = next(told, None)
     assert caught is not None
+
+
+def test_a_machine_that_slows_down_unnoticed_costs_a_pace(monkeypatch: Patch) -> None:
+    """And nothing else does: on the same node without the drop the same mutant keeps it."""
+    seed, scenario = 99, random_scenario(99)
+    assert scenario.seed_step_time == scenario.step_time
+    a_slower_machine_is_not_noticed(monkeypatch)
+    told = evidence.broken_in(scenario, seed)
+    assert any(line.startswith("pace") for line in told)
+    assert not evidence.broken_in(replace(scenario, changes=()), seed)

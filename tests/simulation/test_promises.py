@@ -4,6 +4,7 @@ import pytest
 
 from benchmarks.simulator import Client, ClosedLoop, OpenLoop, Scenario, Shape, Simulation, trace
 from benchmarks.simulator.adversaries import random_scenario
+from benchmarks.simulator.soak import played
 from scheduler import Capacity
 from tests.simulation import evidence
 
@@ -22,6 +23,22 @@ def test_random_adversaries_break_no_promise(first: int) -> None:
 @pytest.mark.parametrize("seed", [13_869, 27_319, 51_829, 92_129])
 def test_adversaries_that_broke_a_promise_once_break_none(seed: int) -> None:
     assert not evidence.broken_by_random_adversary(seed)
+
+
+@pytest.mark.parametrize("family", [9, 19], ids=["readers", "sold nearly out"])
+def test_every_second_node_that_can_just_keep_its_paces_slows_down(family: int) -> None:
+    slowed = [seed for seed in range(family, 2_000, 20) if random_scenario(seed).changes]
+    assert 35 <= len(slowed) <= 65
+    for seed in slowed[:2]:
+        judgement, events = played(seed)
+        # And can keep them then, too: else nothing would be judged.
+        assert judgement.pace_judged
+        assert any(isinstance(event, trace.MachineChanged) and event.slowdown > 1.0 for event in events)
+
+
+def test_now_and_then_answers_have_thousands_of_tokens() -> None:
+    clients = [client for seed in range(500) for client in random_scenario(seed).clients]
+    assert 3 <= sum(client.shape.max_tokens >= 3_000 for client in clients) <= 30
 
 
 def test_same_seed_replays_the_same_trace() -> None:
