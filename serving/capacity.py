@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from pathlib import Path
+from typing import Protocol
 
 from contract.capacity import NodeCapacity, parse_capacity
 from contract.step_time import StepTime
@@ -23,10 +24,20 @@ GUESS_SAMPLES = 5.0
 ENOUGH_SAMPLES = 100
 """Steps without which a fit says nothing of the machine."""
 SAVE_S = 60.0
+IDLE_S = 600.0
+"""A node that has made no step for so long is measured again: often enough for a pool that waits for it, and
+a few seconds of work in ten minutes that nobody else wanted."""
 
 _GUESS = StepTime(base_s=5e-3, prefill_token_s=50e-6, decode_s=50e-6, kv_token_s=10e-9)
 """The order of magnitude on any machine, for the first steps."""
 _GUESSED_EXPERTS_S = 5e-3
+
+
+class Measurable(Protocol):
+    """The engine, as far as it matters here."""
+
+    async def measure(self) -> bool:
+        """Run batches of all sizes; False when it could not run them all."""
 
 
 class CapacityFile:
@@ -115,6 +126,40 @@ def told(
             }
         )
     return found
+
+
+async def measure(engine: Measurable, table: StepTable) -> None:
+    """Let the fit learn from batches of all sizes."""
+    log.info("measuring how fast this machine is")
+    if await engine.measure():
+        table.trust(TRUSTED_SAMPLES)
+    else:
+        log.warning(
+            "not measured: too slow for that, or stopped meanwhile; the fit learns from what it serves, and "
+            "after %.0f s without requests it is tried again; until then `boosts node --capacity FILE` can "
+            "tell the control plane what the node can do",
+            IDLE_S,
+        )
+
+
+async def measure_while_idle(engine: Measurable, table: StepTable) -> None:
+    """Measure again whenever no step was made for `IDLE_S`, until canceled.
+
+    A figure that is too low, because something else slowed the machine, would stay for ever: with it the
+    control plane keeps the pool from going live, so nobody comes from whose steps the fit would learn better.
+    Who comes while it measures does not wait for it: its requests belong to no seat, so they are borrowed
+    work, which gives way to what is owed.
+    """
+    while True:
+        steps = table.read().steps
+        await asyncio.sleep(IDLE_S)
+        if table.read().steps != steps:
+            continue
+        try:
+            await measure(engine, table)
+        except Exception as error:
+            # Whatever it is must not end serving, and of a dead engine vLLM itself tells, with the cause.
+            log.warning("could not measure again: %r", error)
 
 
 async def keep(file: CapacityFile, table: StepTable, model_id: str, capacity: Capacity) -> None:

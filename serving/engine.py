@@ -78,7 +78,7 @@ class SeatLLM(AsyncLLM):
 
     async def measure(self) -> bool:
         """Run batches of many sizes, from which the step scheduler learns the machine's step time; False if
-        the machine is too slow to run them all in reasonable time."""
+        the machine is too slow to run them all in reasonable time, or the engine is stopped meanwhile."""
         slots = self.scheduler_config.max_num_seqs
         length = min(_MEASURED_PROMPT, self.model_config.max_model_len // 2)
         give_up_at = time.monotonic() + _MEASURE_S
@@ -87,22 +87,26 @@ class SeatLLM(AsyncLLM):
         for number, (count, input_tokens, output_tokens) in enumerate(batches):
             if time.monotonic() > give_up_at:
                 return False
-            await asyncio.gather(
+            complete = await asyncio.gather(
                 *(
                     self._run_once(f"measure-{number}-{place}", input_tokens, output_tokens)
                     for place in range(count)
                 )
             )
+            if not all(complete):
+                return False
         return True
 
-    async def _run_once(self, request_id: str, input_tokens: int, output_tokens: int) -> None:
-        """One request of random tokens, so that no prefix cache shortens it."""
+    async def _run_once(self, request_id: str, input_tokens: int, output_tokens: int) -> bool:
+        """One request of random tokens, others each time, so that no prefix cache shortens it; False if an
+        engine that is being stopped cut it short."""
         vocabulary = self.model_config.get_vocab_size()
-        rng = random.Random(request_id)
-        tokens = [rng.randrange(vocabulary) for _ in range(input_tokens)]
+        tokens = [random.randrange(vocabulary) for _ in range(input_tokens)]
         params = SamplingParams(max_tokens=output_tokens, ignore_eos=True, detokenize=False)
-        async for _ in super().generate(TokensPrompt(prompt_token_ids=tokens), params, request_id):
-            pass
+        reason = None
+        async for output in super().generate(TokensPrompt(prompt_token_ids=tokens), params, request_id):
+            reason = output.outputs[0].finish_reason
+        return reason == "length"
 
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any

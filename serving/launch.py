@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import gc
 import hashlib
-import logging
 import os
 import signal
 import socket
@@ -33,7 +32,15 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from contract.capacity import NodeCapacity
 from contract.errors import ContractError
 from scheduler import Policy
-from serving.capacity import GUESS_SAMPLES, CapacityFile, first_guess, keep, told
+from serving.capacity import (
+    GUESS_SAMPLES,
+    CapacityFile,
+    first_guess,
+    keep,
+    measure,
+    measure_while_idle,
+    told,
+)
 from serving.engine import VLLM_VERSIONS, SeatLLM
 from serving.entitlements_file import EntitlementsFile
 from serving.metrics import NodeCollector
@@ -41,8 +48,6 @@ from serving.node import MIN_BODY_BYTES, Node
 from serving.seat_rows import SeatRows
 from serving.stats import StatsServer
 from serving.step_table import ENVIRONMENT, TRUSTED_SAMPLES, StepTable
-
-log = logging.getLogger("boosts.serving")
 
 BODY_BYTES_PER_TOKEN = 16
 """JSON of a prompt that fills the context, with room to spare; the rest of a larger body cannot run."""
@@ -165,7 +170,7 @@ async def _run(
         node.apply(file.current)
         await engine.warm_up()
         if known is None:
-            await _measure(engine, table)
+            await measure(engine, table)
         REGISTRY.register(NodeCollector(node))
         stats = StatsServer(
             node,
@@ -183,6 +188,7 @@ async def _run(
                 background.create_task(node.run()),
                 background.create_task(file.follow(node.apply)),
                 background.create_task(keep(file_of_capacity, table, options.model, node.admission.capacity)),
+                background.create_task(measure_while_idle(engine, table)),
             ]
             shutdown = await build_and_serve(
                 engine, listen_address, listener, args, timeout_graceful_shutdown=CLOSE_S
@@ -214,18 +220,6 @@ def _start_engine(
         table_path.unlink()
     assert isinstance(engine, SeatLLM)
     return engine, table
-
-
-async def _measure(engine: SeatLLM, table: StepTable) -> None:
-    """Let the fit learn from batches of all sizes."""
-    log.info("measuring how fast this machine is")
-    if await engine.measure():
-        table.trust(TRUSTED_SAMPLES)
-    else:
-        log.warning(
-            "too slow to be measured in reasonable time: the fit learns from what it serves; until "
-            "then `boosts node --capacity FILE` can tell the control plane what the node can do"
-        )
 
 
 def _setup_of(config: VllmConfig) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from serving import capacity as module
 from serving.capacity import (
     ENOUGH_SAMPLES,
     GUESS_SAMPLES,
+    IDLE_S,
     CapacityFile,
     first_guess,
     keep,
+    measure_while_idle,
     measured,
     told,
 )
@@ -199,3 +202,93 @@ async def test_a_disk_that_takes_nothing_ends_no_node(
     assert not task.done()
     assert "cannot save" in caplog.text
     task.cancel()
+
+
+# --- measuring again ---------------------------------------------------------------------------------
+
+
+class Engine:
+    """Makes steps in `table` when it is measured, and ends each measurement as it is told."""
+
+    def __init__(self, table: StepTable, *ends: bool | Exception) -> None:
+        self.table = table
+        self.ends = list(ends)
+
+    async def measure(self) -> bool:
+        self.table.count_own_time([1e-5] * 100)
+        end = self.ends.pop(0)
+        if isinstance(end, Exception):
+            raise end
+        return end
+
+
+@pytest.fixture
+def untrusted() -> StepTable:
+    """Of an engine whose first measurement failed."""
+    table, path = StepTable.create(StepTime(1e-3, 1e-6, 1e-6, 1e-9), GUESS_SAMPLES)
+    path.unlink()
+    table.count_own_time([1e-5] * 20)
+    return table
+
+
+async def live_through(
+    monkeypatch: pytest.MonkeyPatch, engine: Engine, *intervals: Callable[[], None]
+) -> None:
+    """Let intervals of `IDLE_S` pass, in each of which something happens, and then cancel."""
+    left = list(intervals)
+
+    async def sleep(seconds: float) -> None:
+        assert seconds == IDLE_S
+        if not left:
+            raise asyncio.CancelledError
+        left.pop(0)()
+
+    monkeypatch.setattr("serving.capacity.asyncio.sleep", sleep)
+    with pytest.raises(asyncio.CancelledError):
+        await measure_while_idle(engine, engine.table)
+
+
+def nothing() -> None:
+    pass
+
+
+async def test_an_idle_node_is_measured_again_and_then_trusted(
+    untrusted: StepTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(untrusted, False, True)
+    await live_through(monkeypatch, engine, nothing)
+    assert engine.ends == [True]
+    assert untrusted.seed()[1] == GUESS_SAMPLES
+    await live_through(monkeypatch, engine, nothing)
+    assert engine.ends == []
+    assert untrusted.seed()[1] == TRUSTED_SAMPLES
+
+
+async def test_its_own_steps_are_no_sign_of_customers(
+    untrusted: StepTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(untrusted, True, True)
+    await live_through(monkeypatch, engine, nothing, nothing)
+    assert engine.ends == []
+
+
+async def test_a_node_that_serves_is_left_alone(
+    untrusted: StepTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_step() -> None:
+        untrusted.count_own_time([1e-5])
+
+    engine = Engine(untrusted, True)
+    await live_through(monkeypatch, engine, one_step, one_step, one_step)
+    assert engine.ends == [True]
+    await live_through(monkeypatch, engine, one_step, nothing)
+    assert engine.ends == []
+
+
+async def test_a_measurement_that_breaks_off_ends_no_node(
+    untrusted: StepTable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = Engine(untrusted, RuntimeError("engine is dead"), True)
+    await live_through(monkeypatch, engine, nothing, nothing)
+    assert "engine is dead" in caplog.text
+    assert untrusted.seed()[1] == TRUSTED_SAMPLES
