@@ -11,13 +11,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from contract.blocks import Block
-from contract.capacity import Feasibility, NodeCapacity, Promise, judge
+from contract.capacity import Bound, Feasibility, NodeCapacity, Promise, judge
 from control_plane.envelope import ApiError
 from control_plane.nodes.tables import Node
 from control_plane.pools.tables import Pool, PoolBlock
 
 Bundle = tuple[int, frozenset[Block]]
 """The seats of one pledge: so many in each of these blocks."""
+
+_TOO_SLOW = {Bound.STEP_TIME, Bound.STEP_TOKENS}
+_MEASURED_AGAIN = (
+    " If something else slowed a node while it measured itself, see that it has the machine to itself: after "
+    "ten minutes without requests it measures itself again."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +185,9 @@ def placing_problem(pool: Pool, ready: Sequence[Node], bundles: Collection[Bundl
         return Problem(
             "capacity_unmeasured",
             "No node that is ready has told what it can do with this model, so nothing proves that it keeps "
-            f"{pool.guarantee_tok_s:g} tok/s for each seat. Measure it with `boosts capacity`, and start its "
-            "agent with --capacity capacity.json.",
+            f"{pool.guarantee_tok_s:g} tok/s for each seat. Serving measures itself at its start, and "
+            "again when it was idle for ten minutes; its log says why it could not. Where it cannot, run "
+            "`boosts capacity`, and start the node's agent with --capacity capacity.json.",
             {"nodes": [node.id for node in ready]},
         )
     placed = {node.id: Placed() for node in proven}
@@ -202,10 +209,11 @@ def _load(placed: Placed, bundle: Bundle) -> tuple[int, int]:
 def _no_room(pool: Pool, proven: Sequence[Node], needed: Mapping[str, Placed]) -> Problem:
     judged = {node.id: judged_by_measurement(node, pool, needed[node.id].busiest) for node in proven}
     told = "; ".join(f"node {node.id} ({node.name}): {judged[node.id]}" for node in proven)
+    too_slow = any(_TOO_SLOW.intersection(each.fails) for each in judged.values())
     return Problem(
         "not_feasible",
         f"The nodes that are ready have not measured enough to honour the pledged seats at "
-        f"{pool.guarantee_tok_s:g} tok/s for each: {told}.",
+        f"{pool.guarantee_tok_s:g} tok/s for each: {told}.{_MEASURED_AGAIN if too_slow else ''}",
         {"nodes": [{"nodeId": node.id, **figures(judged[node.id])} for node in proven]},
     )
 

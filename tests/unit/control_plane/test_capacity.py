@@ -158,6 +158,11 @@ async def test_what_keeps_a_pool_from_going_live_is_told_with_its_figures(market
     [figures] = problem["details"]["nodes"]
     assert (figures["nodeId"], figures["seats"], figures["mostSeats"]) == (node_id, 3, 2)
     assert "3 of 2 slots" in problem["message"]
+    # Measuring again gives no slots, but it may find a faster machine.
+    assert "measures itself again" not in problem["message"]
+    await tell(market, node_id, measured(base_s=0.018))
+    await market.settle()
+    assert "measures itself again" in (await shown(market, pool_id))["activationProblem"]["message"]
 
 
 @on_sqlite_only
