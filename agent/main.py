@@ -29,7 +29,7 @@ examples:
   # weights that are on this machine already, and vLLM's own flags for it behind a double dash
   boosts node --control-plane http://127.0.0.1:8000 --model /models/qwen3-8b -- --gpu-memory-utilization 0.92
 
-  # with what `boosts capacity` has measured here: a pool with a guarantee does not go live without it
+  # with what `boosts capacity` has measured here, for a machine on which serving cannot measure itself
   boosts node --control-plane https://pools.example.com --capacity capacity.json
 
 signals:
