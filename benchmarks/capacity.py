@@ -68,8 +68,11 @@ class MeasureError(Exception):
 class NodeEngine(Engine):
     """The engine with the operator's flags and nothing else: what is measured is what will serve."""
 
+    max_num_seqs: int = 0
+    """Not set here: by one of the flags or by vLLM itself."""
+
     def flags(self) -> list[str]:
-        return [f"--max-num-seqs={self.max_num_seqs}", "--disable-uvicorn-access-log", *self.extra]
+        return ["--disable-uvicorn-access-log", *self.extra]
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +203,7 @@ class _Meter:
 
 def measure(options: argparse.Namespace, folder: Path, bar: _Bar) -> Measured:
     """Start the engine, load it, fit. Raises ServerStartError and MeasureError."""
-    engine = NodeEngine(options.model, options.max_num_seqs, tuple(options.engine_flags))
+    engine = NodeEngine(options.model, extra=tuple(options.engine_flags))
     # Serving keeps files of its own beside its entitlements.
     home = folder / "engine"
     home.mkdir(exist_ok=True)
@@ -232,7 +235,15 @@ def measure(options: argparse.Namespace, folder: Path, bar: _Bar) -> Measured:
     return Measured(capacity, promise, tuple(points), tuple(offers(capacity, promise)), rate)
 
 
-def _limits(server: Server, slots: int) -> Limits:
+def _limits(server: Server, max_num_seqs: int | None) -> Limits:
+    # By its own word, as vLLM has its defaults for each device; it says nothing before some steps.
+    told = server.report().capacity
+    slots = max_num_seqs if told is None else told.slots
+    if slots is None:
+        raise MeasureError(
+            "the machine is so slow that the engine does not say how many streams it runs at once: add "
+            "`-- --max-num-seqs N`"
+        )
     log = server.log.read_text(errors="replace")
     sizes, step_tokens = _KV_SIZE.findall(log), _STEP_TOKENS.findall(log)
     if not sizes:
@@ -440,10 +451,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     # The pool's own engineArgs can be given as they are.
     engine = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    engine.add_argument("--max-num-seqs", type=int, default=64)
-    known, options.engine_flags = engine.parse_known_args(flags)
-    options.max_num_seqs = known.max_num_seqs
-    if options.max_num_seqs < 1:
+    engine.add_argument("--max-num-seqs", type=int)
+    known, _ = engine.parse_known_args(flags)
+    options.engine_flags, options.max_num_seqs = flags, known.max_num_seqs
+    if options.max_num_seqs is not None and options.max_num_seqs < 1:
         parser.error("--max-num-seqs must be 1 or more")
     return options
 
@@ -458,6 +469,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    # `boosts capacity` gives the demo model's folder where none is named; benchmarks build no models.
     add("--model", required=True, help="model folder or Hugging Face id (default: the demo model)")
     add("--model-id", metavar="ID", help="the pool's modelId, where --model is a folder (default: --model)")
     add("--out", type=Path, metavar="DIR", help="where the results go (default: var/capacity/<UTC time>)")

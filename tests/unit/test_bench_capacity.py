@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.capacity import Level, Limits, Measured, _table, levels, main, parse, report, write
+from benchmarks.capacity import (
+    Level,
+    Limits,
+    Measured,
+    NodeEngine,
+    _table,
+    levels,
+    main,
+    parse,
+    report,
+    write,
+)
 from benchmarks.capacity_fit import Point, fit, offers, point, prefill_tok_s
 from benchmarks.load import Phase, RequestRecord, Served
 from contract.capacity import NodeCapacity, Promise, judge, parse_capacity
@@ -154,10 +165,15 @@ def test_columns_are_aligned() -> None:
     assert _table(("a", "b"), [("long", "1"), ("x", "100")]) == "a       b\nlong    1\nx     100"
 
 
-def test_engine_flags_go_to_the_engine_and_slots_are_read_from_them() -> None:
-    options = parse(["--model", "m", "--", "--max-num-seqs", "256", "--enforce-eager"])
-    assert (options.max_num_seqs, options.engine_flags) == (256, ["--enforce-eager"])
-    assert parse(["--model", "m"]).max_num_seqs == 64
+def test_engine_flags_go_to_the_engine_as_they_are() -> None:
+    """A pool without any runs what vLLM takes by default."""
+    flags = ["--max-num-seqs", "256", "--enforce-eager"]
+    options = parse(["--model", "m", "--", *flags])
+    assert (options.max_num_seqs, options.engine_flags) == (256, flags)
+    options = parse(["--model", "m"])
+    assert (options.max_num_seqs, options.engine_flags) == (None, [])
+    for given in ([], flags):
+        assert NodeEngine("m", extra=tuple(given)).flags() == ["--disable-uvicorn-access-log", *given]
     for wrong in (["--level-s", "0"], ["--margin", "1"], ["--", "--max-num-seqs", "0"]):
         with pytest.raises(SystemExit):
             parse(["--model", "m", *wrong])
