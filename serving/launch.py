@@ -47,6 +47,7 @@ from serving.metrics import NodeCollector
 from serving.node import MIN_BODY_BYTES, Node
 from serving.seat_rows import SeatRows
 from serving.stats import StatsServer
+from serving.step_scheduler import refuse_unknown
 from serving.step_table import ENVIRONMENT, TRUSTED_SAMPLES, StepTable
 
 BODY_BYTES_PER_TOKEN = 16
@@ -157,6 +158,11 @@ async def _run(
     # Until uvicorn takes the signals over, SIGTERM must interrupt the loading of the model.
     signal.signal(signal.SIGTERM, _interrupt)
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
+    try:
+        # The step scheduler refuses it too, but in EngineCore, where it takes the form of a stack trace.
+        refuse_unknown(config)
+    except ValueError as error:
+        raise LaunchError(str(error)) from None
     file_of_capacity = CapacityFile(options.capacity_file, _setup_of(config))
     known = file_of_capacity.read()
     engine, table = _start_engine(config, args, known)
@@ -205,7 +211,8 @@ async def _run(
 def _start_engine(
     config: VllmConfig, args: Namespace, known: NodeCapacity | None
 ) -> tuple[SeatLLM, StepTable]:
-    """Load the model, in EngineCore; returns with it the table that it shares with this process."""
+    """Load the model, in EngineCore; returns with it the table that it shares with this process. Raises
+    LaunchError where EngineCore did not start."""
     table, table_path = _step_table(config, known)
     try:
         engine = SeatLLM.from_vllm_config(
@@ -215,6 +222,11 @@ def _start_engine(
             disable_log_stats=args.disable_log_stats,
             aggregate_engine_logging=args.aggregate_engine_logging,
         )
+    except RuntimeError as error:
+        if "See root cause above" not in str(error):
+            raise
+        # EngineCore has told its own error; this process's stack trace would bury it.
+        raise LaunchError("the engine did not start; the log above says why, in EngineCore's lines") from None
     finally:
         # EngineCore has it open by now; without a name nothing is left behind, however this ends.
         table_path.unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -175,3 +176,36 @@ def test_engine_flags_that_serving_depends_on_are_refused(tmp_path: Path, demo_m
     ended = run_serving(node, "--", "--middleware", "os.path")
     assert ended.returncode == 1
     assert "--middleware is set by the node itself" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--scheduling-policy", "priority"), "leave --scheduling-policy alone"),
+        (("--enable-lora",), "knows neither LoRA adapters nor KV connectors"),
+    ],
+)
+def test_a_set_up_that_the_step_scheduler_does_not_know_is_refused_before_the_engine_starts(
+    tmp_path: Path, demo_model: Path, flags: tuple[str, ...], said: str
+) -> None:
+    node = RunningNode(tmp_path, free_port(), free_port(), demo_model)
+    node.publish()
+    ended = run_serving(node, "--", *flags)
+    assert ended.returncode == 1
+    assert said in ended.stderr.splitlines()[-1]
+    assert "EngineCore" not in ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_an_engine_that_does_not_start_leaves_its_own_error_the_last_stack_trace(
+    tmp_path: Path, demo_model: Path
+) -> None:
+    model = tmp_path / "without-weights"
+    shutil.copytree(demo_model, model, ignore=shutil.ignore_patterns("*.safetensors"))
+    node = RunningNode(tmp_path, free_port(), free_port(), model)
+    node.publish()
+    ended = run_serving(node, "--", "--enforce-eager")
+    assert ended.returncode == 1
+    assert "Cannot find any model weights" in ended.stdout + ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith("boosts serve: the engine did not start;")
+    assert "Engine core initialization failed" not in ended.stderr
