@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from vllm.entrypoints.launchers.api_server.entry import build_and_serve
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.launchers.launcher import setup_server
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.envs import compile_factors
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -163,7 +165,7 @@ async def _run(
         refuse_unknown(config)
     except ValueError as error:
         raise LaunchError(str(error)) from None
-    file_of_capacity = CapacityFile(options.capacity_file, _setup_of(config))
+    file_of_capacity = CapacityFile(options.capacity_file, _setup_of(config, options.engine_flags))
     known = file_of_capacity.read()
     engine, table = _start_engine(config, args, known)
     try:
@@ -234,20 +236,16 @@ def _start_engine(
     return engine, table
 
 
-def _setup_of(config: VllmConfig) -> str:
+def _setup_of(config: VllmConfig, engine_flags: Sequence[str]) -> str:
     """A hash of all that decides how long a step takes."""
-    model, parallel, scheduler = config.model_config, config.parallel_config, config.scheduler_config
     decisive = (
-        vllm_version,
+        # What vLLM compiles the model by, its version among it.
+        config.compute_hash(),
+        # That leaves out what changes no kernel, such as the executor or how far ahead is speculated.
+        tuple(engine_flags),
+        sorted(compile_factors().items()),
         current_platform.get_device_name(),
-        model.model,
-        str(model.dtype),
-        model.quantization,
-        model.enforce_eager,
-        model.hf_config.to_json_string(),
-        parallel.tensor_parallel_size,
-        scheduler.max_num_seqs,
-        scheduler.max_num_batched_tokens,
+        len(os.sched_getaffinity(0)),
     )
     return hashlib.sha256(repr(decisive).encode()).hexdigest()
 
