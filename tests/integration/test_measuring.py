@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.capacity import main as measure_capacity
+from contract.capacity import parse_capacity
 from tests.integration.conftest import CPU_ENVIRONMENT
 
 pytestmark = pytest.mark.vllm
@@ -144,3 +146,18 @@ async def test_no_measurement_finds_the_prompts_of_the_last_one_in_the_prefix_ca
     (_, first), (_, second) = [await measured(monkeypatch, "length") for _ in range(2)]
     assert first.keys() == second.keys()
     assert all(first[name] != second[name] for name in first if len(first[name]) > 1)
+
+
+# --- boosts capacity -----------------------------------------------------------------------------
+
+
+def test_capacity_is_measured_written_and_drawn(demo_model: Path, tmp_path: Path) -> None:
+    arguments = ["--model", str(demo_model), "--model-id", "demo", "--out", str(tmp_path), "--level-s", "1"]
+    # Spelt as only vLLM reads it: the slots are the engine's own word.
+    flags = ["--enforce-eager", "--max_num_seqs=2", "--max-num-batched-tokens=1024", "--max-model-len=2048"]
+    assert measure_capacity([*arguments, "--", *flags]) == 0
+    capacity = parse_capacity((tmp_path / "capacity.json").read_bytes())
+    assert (capacity.model_id, capacity.slots, capacity.step_tokens) == ("demo", 2, 1_024)
+    assert capacity.measured_at is not None
+    assert 0 < capacity.step_time.seconds(0, 1, 100) < 1
+    assert (tmp_path / "capacity.png").read_bytes().startswith(b"\x89PNG")
