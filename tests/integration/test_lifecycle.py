@@ -17,6 +17,7 @@ import httpx
 import psutil  # type: ignore[import-untyped]
 import pytest
 
+from serving.capacity import ENOUGH_SAMPLES
 from tests.integration.calls import CALLS, assert_refused
 from tests.integration.conftest import (
     CPU_ENVIRONMENT,
@@ -140,6 +141,32 @@ def test_killed_engine_ends_serving(own_node: tuple[RunningNode, subprocess.Pope
     engine.kill()
     wait_for(lambda: process.poll() is not None, 20)
     wait_for(lambda: gone(members), 5)
+
+
+def test_a_second_start_begins_with_what_the_first_one_measured(tmp_path: Path, demo_model: Path) -> None:
+    node = RunningNode(tmp_path, free_port(), free_port(), demo_model)
+    node.publish()
+    kept_in = tmp_path / "capacity.json"
+
+    def start() -> subprocess.Popen[bytes]:
+        return start_serving(node, engine_flags=("--max-num-seqs", "8"))
+
+    stop_group(start())
+    kept = json.loads(kept_in.read_text())
+    # Of a dense model no step changes it, so where EngineCore begins it stays.
+    kept_in.write_text(json.dumps({**kept, "active_share": 0.5}))
+    process = start()
+    try:
+        known = {name: value for name, value in kept.items() if name != "setup"} | {"active_share": 0.5}
+        assert node.stats()["capacity"] == known, "a measurement would have been told of"
+        answer = CALLS[2].post(node.url, node.new_seat().key, max_tokens=ENOUGH_SAMPLES + 50)
+        assert answer.status_code == 200
+        found = node.stats()["capacity"]
+        assert isinstance(found, dict)
+        assert found["measured_at"] > kept["measured_at"]
+        assert found["active_share"] == 0.5
+    finally:
+        stop_group(process)
 
 
 def test_taken_port_is_told_before_the_model_loads(tmp_path: Path, demo_model: Path) -> None:
