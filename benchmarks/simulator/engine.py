@@ -1,12 +1,12 @@
 """The simulated engine, by vLLM V1's batching rules.
 
-A step takes first the running sequences, in order of entry, then waiting ones, first come first served, while
-the token budget, the slots and the KV cache last. Prompts are prefilled in chunks; a sequence makes one token
-in every step that computes all it has. KV cache is held in blocks. When a running sequence finds no free
-block, the last of the running is preempted: it loses what it has computed, goes back to the head of the
-waiting, and nobody who waits enters in that step. The next step is composed while the one before runs, so a
-request that arrives during step k takes part in step k+2 at the earliest, and a sequence that ends by itself
-is still part of one step more, in vain; one that ends by its `max_tokens` is not.
+A step takes first the running sequences, in order of entry, then the waiting ones that are ready, first come
+first served, while the token budget, the slots and the KV cache last. Prompts are prefilled in chunks; a
+sequence makes one token in every step that computes all it has. KV cache is held in blocks. When a running
+sequence finds no free block, the last of the running is preempted: it loses what it has computed, goes back
+to the head of the waiting, and nobody who waits enters in that step. The next step is composed while the one
+before runs, so a request that arrives during step k takes part in step k+2 at the earliest, and a sequence
+that ends by itself is still part of one step more, in vain; one that ends by its `max_tokens` is not.
 
 Simplified: sequences of one prompt (`n`) share its blocks, which are counted at the first of them, and the
 others begin once its prefill has been composed. A prefix that another request left in the cache takes no
@@ -312,16 +312,18 @@ class Engine:
         return enough
 
     def _compose_waiting(self, step: _Step) -> None:
-        while self.waiting and step.budget > 0 and len(self.running) < self.rules.slots:
-            stream = self.waiting[0]
+        place = 0
+        while place < len(self.waiting) and step.budget > 0 and len(self.running) < self.rules.slots:
+            stream = self.waiting[place]
             if not stream.ready:
-                return
+                place += 1
+                continue
             stream.computed = stream.cached_tokens
             tokens = min(stream.left, step.budget)
             if not self._allocate(stream, tokens):
                 stream.computed = 0
                 return
-            self.waiting.popleft()
+            del self.waiting[place]
             stream.running = True
             self.running.append(stream)
             step.take(stream, tokens)

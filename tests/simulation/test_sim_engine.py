@@ -134,6 +134,15 @@ def test_further_sequences_of_a_prompt_find_it_in_the_cache() -> None:
     assert step(node) == {1: 100, 2: 100 - 6 * KV_BLOCK}
 
 
+def test_who_is_not_ready_lets_the_others_pass() -> None:
+    node = engine()
+    leader = Stream(1, 100, 2)
+    node.add(Stream(2, 100, 2, leader=leader), 0.0)
+    node.add(leader, 0.0)
+    assert step(node) == {1: 100}
+    assert step(node) == {1: 1, 2: 100 - 6 * KV_BLOCK}
+
+
 def test_work_of_a_removed_stream_is_lost() -> None:
     node = engine()
     node.add(Stream(1, 10, 5), 0.0)
