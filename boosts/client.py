@@ -166,6 +166,8 @@ class Throughput(TypedDict):
     requests: int
     borrowedTokens: float
     heldS: float
+    owedSeconds: int
+    missedSeconds: int
     attainment1s: float | None
     attainment10s: float | None
     attainment60s: float | None

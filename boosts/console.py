@@ -48,7 +48,7 @@ _HINTS = {
 
 THROUGHPUT_COLUMNS = (
     *("REQUESTS", "TOKENS IN", "OWED OUT", "DELIVERED", "BORROWED", "HELD S", "ATTAINMENT"),
-    *("LOWEST 1 S", "10 S", "60 S"),
+    *("LOWEST 1 S", "10 S", "60 S", "SECONDS KEPT"),
 )
 
 
@@ -120,6 +120,7 @@ def throughput_cells(figures: Throughput) -> tuple[str, ...]:
                 *(figures["attainment10s"], figures["attainment60s"]),
             ),
         ),
+        f"{figures['owedSeconds'] - figures['missedSeconds']} of {figures['owedSeconds']}",
     )
 
 

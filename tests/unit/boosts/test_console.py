@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from boosts.client import Throughput
+from boosts.console import THROUGHPUT_COLUMNS, throughput_cells
 from boosts.demo_file import DemoFile
 from contract.keys import KeyKind, new_key
 from tests.unit.boosts.conftest import RunningControlPlane, bad, boosts, good
@@ -89,3 +91,23 @@ def test_programs_with_a_parser_of_their_own_get_their_arguments(command: str, p
         [sys.executable, "-m", "boosts", command, "--help"], capture_output=True, text=True, check=True
     )
     assert said.stdout.startswith(f"usage: {program} ")
+
+
+def test_throughput_stands_under_its_columns() -> None:
+    figures: Throughput = {
+        "requests": 3,
+        "inputTokens": 120,
+        "owedTokens": 499.6,
+        "deliveredTokens": 620,
+        "borrowedTokens": 121.0,
+        "heldS": 0.25,
+        "owedSeconds": 60,
+        "missedSeconds": 1,
+        "attainment": 0.999,
+        "attainment1s": 0.9,
+        "attainment10s": None,
+        "attainment60s": 1.0,
+    }
+    shown = dict(zip(THROUGHPUT_COLUMNS, throughput_cells(figures), strict=True))
+    assert (shown["OWED OUT"], shown["LOWEST 1 S"], shown["10 S"]) == ("500", "90.0%", "-")
+    assert shown["SECONDS KEPT"] == "59 of 60"
