@@ -159,8 +159,8 @@ async def _run(
     listen_address, listener = public
     # Until uvicorn takes the signals over, SIGTERM must interrupt the loading of the model.
     signal.signal(signal.SIGTERM, _interrupt)
-    config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
     try:
+        config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
         # The step scheduler refuses it too, but in EngineCore, where it takes the form of a stack trace.
         refuse_unknown(config)
     except ValueError as error:
