@@ -45,8 +45,8 @@ class StepEngine(Protocol):
     def blocks_for(self, stream_id: Hashable, enough: int) -> int:
         """What the waiting sequence needs to be read; if that is `enough` at most, a bound of it will do."""
 
-    def blocks_beside(self, stream_ids: list[Hashable]) -> int:
-        """What would be free if only these running sequences had any."""
+    def fits_beside(self, stream_id: Hashable, more: int, running_ids: list[Hashable]) -> bool:
+        """Whether the waiting sequence could be read, and `more` blocks be had, if only these had any."""
 
     def preempt(self, stream_id: Hashable, now: float) -> bool:
         """Take the running sequence's slot and KV cache; False if that is not possible now."""
@@ -89,38 +89,45 @@ def arrange(policy: StepPolicy, engine: StepEngine, now: float) -> int:
 
 def _make_way(policy: StepPolicy, engine: StepEngine, owed: list[Stream], now: float) -> None:
     """Put owed sequences first, with the slots and KV cache of borrowed ones if they need it. If all of that
-    is too little for one, it lets the others pass until owed ones have ended."""
+    is too little for one, it lets the others pass until its first token is due, and nobody from then on."""
     owed.sort(key=lambda stream: stream.due)
     first: list[Hashable] = []
     last: list[Hashable] = []
     slots = blocks = 0
+    blocked = False
     for stream in owed:
-        if not stream.ready:
-            first.append(stream.stream_id)
-            continue
-        needed = blocks + engine.blocks_for(stream.stream_id, engine.free_blocks() - blocks)
-        if not _fits(engine, slots + 1, needed) and not _revoke(policy, engine, slots + 1, needed, now):
-            last.append(stream.stream_id)
-            continue
-        first.append(stream.stream_id)
-        slots, blocks = slots + 1, needed
+        stream_id = stream.stream_id
+        if stream.ready and not blocked:
+            needed = blocks + engine.blocks_for(stream_id, engine.free_blocks() - blocks)
+            if _fits(engine, slots + 1, needed) or _revoke(policy, engine, stream_id, slots, blocks, now):
+                slots, blocks = slots + 1, needed
+            elif stream.due > now:
+                last.append(stream_id)
+                continue
+            else:
+                blocked = True
+        first.append(stream_id)
     engine.put_first(first)
     engine.put_last(last)
 
 
 def _fits(engine: StepEngine, slots: int, blocks: int) -> bool:
-    # With what the running ones take in the same step, before the waiting come to their turn.
+    # With what the running ones take in the same step, before the waiting come to their turn: seldom do many
+    # begin a block together.
     blocks += engine.blocks(engine.running_count())
     return slots <= engine.free_slots() and blocks <= engine.free_blocks()
 
 
-def _revoke(policy: StepPolicy, engine: StepEngine, slots: int, blocks: int, now: float) -> bool:
-    """Take slots and KV cache from borrowed sequences until so many are free; False, and nothing is taken, if
-    there would be too little KV cache without any of them."""
-    owed = [stream_id for stream_id in engine.running_ids() if policy.streams[stream_id].owed]
-    if blocks + engine.blocks(len(owed)) > engine.blocks_beside(owed):
+def _revoke(
+    policy: StepPolicy, engine: StepEngine, stream_id: Hashable, slots: int, blocks: int, now: float
+) -> bool:
+    """Take slots and KV cache from borrowed sequences until this one fits beside so many that are given away
+    already; False, and nothing is taken, if it would not fit without any of them."""
+    owed = [each for each in engine.running_ids() if policy.streams[each].owed]
+    if not engine.fits_beside(stream_id, blocks + engine.blocks(len(owed)), owed):
         return False
-    while not _fits(engine, slots, blocks):
+    # Counted anew each time: what it shares with a borrowed one it needs for itself when that has lost it.
+    while not _fits(engine, slots + 1, blocks + engine.blocks_for(stream_id, engine.free_blocks() - blocks)):
         victim = policy.victim(engine.running_ids())
         if victim is None or not engine.preempt(victim, now):
             break

@@ -252,14 +252,36 @@ class _StepEngine:
     def blocks_for(self, stream_id: Hashable, enough: int) -> int:
         request = self._request(stream_id)
         bound = self.blocks(request.num_tokens)
-        if bound <= enough:
-            return bound
-        hits, cached, _ = self._kv.get_computed_blocks(request)
+        return bound if bound <= enough else self._blocks_needed(request, self._hits(request))
+
+    def fits_beside(self, stream_id: Hashable, more: int, running_ids: list[Hashable]) -> bool:
+        request = self._request(stream_id)
+        # The pool keeps one block that stands for none.
+        room = int(self._pool.num_gpu_blocks) - 1 - int(self._kv.watermark_blocks) - more
+        held = [self._kv.get_blocks(str(each)).blocks for each in running_ids]
+        # Reading which blocks are shared takes long.
+        if self.blocks(request.num_tokens) + sum(len(group) for blocks in held for group in blocks) <= room:
+            return True
+        hits = self._hits(request)
+        cached = [block for group in hits[0].blocks for block in group if not block.is_null]
+        # What nobody holds is among what it needs, and must not be counted twice.
+        needed = self._blocks_needed(request, hits) - sum(block.ref_cnt == 0 for block in cached)
+        kept = {b.block_id for blocks in held for group in blocks for b in group if not b.is_null}
+        return bool(needed + len(kept.union(block.block_id for block in cached)) <= room)
+
+    def _hits(self, request: Request) -> tuple[Any, int]:
+        """What the prefix cache has of the request: blocks, and how many tokens."""
+        blocks, tokens, _ = self._kv.get_computed_blocks(request)
+        return blocks, tokens
+
+    def _blocks_needed(self, request: Request, hits: tuple[Any, int]) -> int:
+        """Free blocks that it takes, as vLLM counts them."""
+        blocks, cached = hits
         return int(
             self._kv.coordinator.get_num_blocks_to_allocate(
                 request_id=request.request_id,
                 num_tokens=request.num_tokens,
-                new_computed_blocks=hits.blocks,
+                new_computed_blocks=blocks.blocks,
                 num_encoder_tokens=0,
                 total_computed_tokens=cached,
                 num_local_computed_tokens=cached,
@@ -268,15 +290,6 @@ class _StepEngine:
                 prefill_end=max(request.num_prompt_tokens, request.num_tokens - 1),
             )
         )
-
-    def blocks_beside(self, stream_ids: list[Hashable]) -> int:
-        kept: set[int] = set()
-        for stream_id in stream_ids:
-            for group in self._kv.get_block_ids(str(stream_id)):
-                kept.update(group)
-        kept.discard(self._pool.null_block.block_id)
-        # The pool keeps one block that stands for none.
-        return int(self._pool.num_gpu_blocks) - 1 - len(kept)
 
     def preempt(self, stream_id: Hashable, now: float) -> bool:
         request = self._request(stream_id)

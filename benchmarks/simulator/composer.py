@@ -82,8 +82,9 @@ class _StepEngine:
         stream = self._streams[stream_id]
         return self.blocks(stream.input_tokens + stream.composed - stream.cached_tokens)
 
-    def blocks_beside(self, stream_ids: list[Hashable]) -> int:
-        return self._engine.rules.kv_blocks - sum(self._streams[each].blocks for each in stream_ids)
+    def fits_beside(self, stream_id: Hashable, more: int, running_ids: list[Hashable]) -> bool:
+        held = sum(self._streams[each].blocks for each in running_ids)
+        return self.blocks_for(stream_id, 0) + more + held <= self._engine.rules.kv_blocks
 
     def preempt(self, stream_id: Hashable, now: float) -> bool:
         self._engine.preempt(self._streams[stream_id], now)

@@ -422,6 +422,27 @@ def test_nothing_is_taken_for_an_owed_prompt_that_would_not_fit_even_so(
     stepper.finish()
 
 
+def test_an_owed_prompt_that_is_overdue_lets_nobody_pass(new_stepper: Callable[..., Stepper]) -> None:
+    """A flooder whose every stream is owed for a while would keep it out for ever: one follows another."""
+    stepper = new_stepper(kv_blocks=101)
+    stepper.sell(50.0)
+    stepper.sell(50.0, row=OTHER)
+    flood = [stepper.add(OTHER, prompt=200, output=output) for output in (25, 50, 75, 100)]
+    stepper.run(10)
+    owed = stepper.add(SOLD, prompt=1_400, output=5, due_in=0.5)
+    entered = 0
+    for _ in range(2_000):
+        stepper.step()
+        if stepper.made[owed]:
+            break
+        for name in stepper.finished & set(flood):
+            flood.remove(name)
+            flood.append(stepper.add(OTHER, prompt=200, output=100))
+            entered += 1
+    assert stepper.made[owed]
+    assert entered > 4
+
+
 def test_layers_with_blocks_of_their_own_are_counted(new_stepper: Callable[..., Stepper]) -> None:
     stepper = new_stepper(kv_blocks=150, window=256)
     stepper.sell(50.0)
