@@ -93,42 +93,51 @@ def _make_way(policy: StepPolicy, engine: StepEngine, owed: list[Stream], now: f
     owed.sort(key=lambda stream: stream.due)
     first: list[Hashable] = []
     last: list[Hashable] = []
-    slots = blocks = 0
+    places = _Places(policy, engine, now)
     blocked = False
     for stream in owed:
-        stream_id = stream.stream_id
-        if stream.ready and not blocked:
-            needed = blocks + engine.blocks_for(stream_id, engine.free_blocks() - blocks)
-            if _fits(engine, slots + 1, needed) or _revoke(policy, engine, stream_id, slots, blocks, now):
-                slots, blocks = slots + 1, needed
-            elif stream.due > now:
-                last.append(stream_id)
+        if stream.ready and not blocked and not places.give(stream.stream_id):
+            if stream.due > now:
+                last.append(stream.stream_id)
                 continue
-            else:
-                blocked = True
-        first.append(stream_id)
+            blocked = True
+        first.append(stream.stream_id)
     engine.put_first(first)
     engine.put_last(last)
 
 
-def _fits(engine: StepEngine, slots: int, blocks: int) -> bool:
-    # With what the running ones take in the same step, before the waiting come to their turn: seldom do many
-    # begin a block together.
-    blocks += engine.blocks(engine.running_count())
-    return slots <= engine.free_slots() and blocks <= engine.free_blocks()
+class _Places:
+    """The slots and KV cache that owed sequences are given in one step."""
 
+    def __init__(self, policy: StepPolicy, engine: StepEngine, now: float) -> None:
+        self._policy = policy
+        self._engine = engine
+        self._now = now
+        self._slots = 0
+        self._blocks = 0
 
-def _revoke(
-    policy: StepPolicy, engine: StepEngine, stream_id: Hashable, slots: int, blocks: int, now: float
-) -> bool:
-    """Take slots and KV cache from borrowed sequences until this one fits beside so many that are given away
-    already; False, and nothing is taken, if it would not fit without any of them."""
-    owed = [each for each in engine.running_ids() if policy.streams[each].owed]
-    if not engine.fits_beside(stream_id, blocks + engine.blocks(len(owed)), owed):
-        return False
-    # Counted anew each time: what it shares with a borrowed one it needs for itself when that has lost it.
-    while not _fits(engine, slots + 1, blocks + engine.blocks_for(stream_id, engine.free_blocks() - blocks)):
-        victim = policy.victim(engine.running_ids())
-        if victim is None or not engine.preempt(victim, now):
-            break
-    return True
+    def give(self, stream_id: Hashable) -> bool:
+        """A place for this one too, if need be by taking theirs from borrowed ones; False, and nothing is
+        taken, if there would be too little KV cache without any of them."""
+        engine = self._engine
+        if self._kv_is_short(stream_id):
+            owed = [each for each in engine.running_ids() if self._policy.streams[each].owed]
+            if not engine.fits_beside(stream_id, self._blocks + engine.blocks(len(owed)), owed):
+                return False
+        # Asked anew each time: what it shares with a borrowed one it needs for itself when that has lost it.
+        while engine.free_slots() <= self._slots or self._kv_is_short(stream_id):
+            victim = self._policy.victim(engine.running_ids())
+            if victim is None or not engine.preempt(victim, self._now):
+                break
+        self._slots += 1
+        self._blocks += self._needed(stream_id)
+        return True
+
+    def _kv_is_short(self, stream_id: Hashable) -> bool:
+        # With what the running ones take in the same step, before the waiting come to their turn: seldom do
+        # many begin a block together.
+        running = self._engine.blocks(self._engine.running_count())
+        return self._blocks + self._needed(stream_id) + running > self._engine.free_blocks()
+
+    def _needed(self, stream_id: Hashable) -> int:
+        return self._engine.blocks_for(stream_id, self._engine.free_blocks() - self._blocks)
