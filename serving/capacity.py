@@ -10,6 +10,7 @@ import datetime
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -27,6 +28,8 @@ SAVE_S = 60.0
 IDLE_S = 600.0
 """A node that has made no step for so long is measured again: often enough for a pool that waits for it, and
 a few seconds of work in ten minutes that nobody else wanted."""
+LOOK_S = 0.05
+"""How long somebody may have been there before measuring is called off."""
 
 _GUESS = StepTime(base_s=5e-3, prefill_token_s=50e-6, decode_s=50e-6, kv_token_s=10e-9)
 """The order of magnitude on any machine, for the first steps."""
@@ -142,24 +145,40 @@ async def measure(engine: Measurable, table: StepTable) -> None:
         )
 
 
-async def measure_while_idle(engine: Measurable, table: StepTable) -> None:
+async def measure_while_idle(engine: Measurable, table: StepTable, idle: Callable[[], bool]) -> None:
     """Measure again whenever no step was made for `IDLE_S`, until canceled.
 
     A figure that is too low, because something else slowed the machine, would stay for ever: with it the
     control plane keeps the pool from going live, so nobody comes from whose steps the fit would learn better.
-    Who comes while it measures does not wait for it: its requests belong to no seat, so they are borrowed
-    work, which gives way to what is owed.
+    As soon as the node is not `idle` it is called off. What is owed would not wait for it, but what is
+    borrowed would: behind its prompts, in vLLM's queue, for the admission knows nothing of them. And a node
+    that is being stopped would not end before them.
     """
     while True:
         steps = table.read().steps
         await asyncio.sleep(IDLE_S)
-        if table.read().steps != steps:
+        if table.read().steps != steps or not idle():
             continue
         try:
-            await measure(engine, table)
+            await _measure_while(idle, engine, table)
         except Exception as error:
             # Whatever it is must not end serving, and of a dead engine vLLM itself tells, with the cause.
             log.warning("could not measure again: %r", error)
+
+
+async def _measure_while(idle: Callable[[], bool], engine: Measurable, table: StepTable) -> None:
+    measuring = asyncio.create_task(measure(engine, table))
+    try:
+        while not measuring.done():
+            await asyncio.wait([measuring], timeout=LOOK_S)
+            if not measuring.done() and not idle():
+                log.info("measuring is called off: the node is wanted, or stopped")
+                return
+        await measuring
+    finally:
+        # Canceled, it takes its requests back from the engine.
+        measuring.cancel()
+        await asyncio.gather(measuring, return_exceptions=True)
 
 
 async def keep(file: CapacityFile, table: StepTable, model_id: str, capacity: Capacity) -> None:

@@ -196,7 +196,7 @@ async def _run(
                 background.create_task(node.run()),
                 background.create_task(file.follow(node.apply)),
                 background.create_task(keep(file_of_capacity, table, options.model, node.admission.capacity)),
-                background.create_task(measure_while_idle(engine, table)),
+                background.create_task(measure_while_idle(engine, table, node.idle)),
             ]
             shutdown = await build_and_serve(
                 engine, listen_address, listener, args, timeout_graceful_shutdown=CLOSE_S

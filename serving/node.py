@@ -185,6 +185,10 @@ class Node:
         if self.rows is not None:
             self.rows.close(seat_id)
 
+    def idle(self) -> bool:
+        """Whether nobody is served or waits, and somebody may come."""
+        return not (self.admission.in_flight or self.admission.queued() or self.admission.draining)
+
     # --- readings ----------------------------------------------------------------------------------
 
     def readings(self) -> list[SeatReading]:

@@ -231,8 +231,29 @@ def untrusted() -> StepTable:
     return table
 
 
+class SlowEngine:
+    """Measures until it is canceled."""
+
+    def __init__(self) -> None:
+        self.measuring = asyncio.Event()
+        self.took_back = asyncio.Event()
+
+    async def measure(self) -> bool:
+        self.measuring.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            # As vLLM takes requests back: that, too, awaits.
+            await asyncio.to_thread(lambda: None)
+            self.took_back.set()
+        return True
+
+
 async def live_through(
-    monkeypatch: pytest.MonkeyPatch, engine: Engine, *intervals: Callable[[], None]
+    monkeypatch: pytest.MonkeyPatch,
+    engine: Engine,
+    *intervals: Callable[[], None],
+    idle: Callable[[], bool] = lambda: True,
 ) -> None:
     """Let intervals of `IDLE_S` pass, in each of which something happens, and then cancel."""
     left = list(intervals)
@@ -245,7 +266,7 @@ async def live_through(
 
     monkeypatch.setattr("serving.capacity.asyncio.sleep", sleep)
     with pytest.raises(asyncio.CancelledError):
-        await measure_while_idle(engine, engine.table)
+        await measure_while_idle(engine, engine.table, idle)
 
 
 def nothing() -> None:
@@ -292,3 +313,52 @@ async def test_a_measurement_that_breaks_off_ends_no_node(
     await live_through(monkeypatch, engine, nothing, nothing)
     assert "engine is dead" in caplog.text
     assert untrusted.seed()[1] == TRUSTED_SAMPLES
+
+
+async def test_a_node_that_is_wanted_or_stopped_is_not_measured(
+    untrusted: StepTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits in its queue has made no step yet."""
+    engine = Engine(untrusted, True)
+    await live_through(monkeypatch, engine, nothing, nothing, idle=lambda: False)
+    assert engine.ends == [True]
+
+
+async def test_measuring_is_called_off_when_somebody_comes(
+    untrusted: StepTable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "IDLE_S", 0.0)
+    engine, somebody = SlowEngine(), asyncio.Event()
+    task = asyncio.create_task(measure_while_idle(engine, untrusted, lambda: not somebody.is_set()))
+    async with asyncio.timeout(5):
+        await engine.measuring.wait()
+    await asyncio.sleep(4 * module.LOOK_S)
+    assert not engine.took_back.is_set()
+    with caplog.at_level(logging.INFO):
+        somebody.set()
+        async with asyncio.timeout(1):
+            await engine.took_back.wait()
+    assert "called off" in caplog.text
+    assert untrusted.seed()[1] == GUESS_SAMPLES
+    # Once they have gone it is tried again.
+    engine.measuring.clear()
+    somebody.clear()
+    async with asyncio.timeout(5):
+        await engine.measuring.wait()
+    assert not task.done()
+    task.cancel()
+
+
+async def test_a_measurement_ends_with_what_runs_it(
+    untrusted: StepTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "IDLE_S", 0.0)
+    engine = SlowEngine()
+    task = asyncio.create_task(measure_while_idle(engine, untrusted, lambda: True))
+    async with asyncio.timeout(5):
+        await engine.measuring.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert engine.took_back.is_set()
+    assert untrusted.seed()[1] == GUESS_SAMPLES

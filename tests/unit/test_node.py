@@ -105,6 +105,23 @@ async def test_next_caller_enters_when_one_leaves() -> None:
     assert_empty(node)
 
 
+async def test_a_node_is_idle_while_nobody_runs_or_waits_and_somebody_may_come() -> None:
+    node, clocks = node_with(pledge())
+    assert node.idle()
+    caller = Caller(node, Verdict(pledge()))
+    await settle()
+    assert not node.idle()
+    caller.leave.set()
+    await settle()
+    assert node.idle()
+    node.drain()
+    assert not node.idle()
+    node, clocks = node_with(pledge())
+    # It runs as soon as the node looks.
+    node.admission.submit("a", [ASK], clocks.now)
+    assert not node.idle()
+
+
 async def test_slot_is_free_when_the_engine_is_done_however_slow_the_reader() -> None:
     node, _ = node_with(pledge())
     slow, second = Caller(node, Verdict(pledge())), Caller(node, Verdict(pledge()))
