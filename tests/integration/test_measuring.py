@@ -31,15 +31,16 @@ print(setup_of(Path(sys.argv[1]), "--enforce-eager"))
 """
 
 
-def setup_of(model: Path, *flags: str) -> str:
-    """The set-up that serving would keep its measurements by."""
+def setup_of(model: Path, *flags: str, told: bool = True) -> str:
+    """The set-up that serving would keep its measurements by; without the flags' own words, if they are not
+    `told` to it."""
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     from serving import launch
 
     options = launch.ServeOptions(str(model), Path("none"), engine_flags=flags)
     config = AsyncEngineArgs.from_cli_args(launch._engine_args(options)).create_engine_config()
-    return launch._setup_of(config, flags)
+    return launch._setup_of(config, flags if told else ())
 
 
 @pytest.fixture
@@ -57,14 +58,19 @@ def model(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("--attention-backend", "CPU_ATTN"),
         ("--compilation-config", '{"mode": 0}'),
         ("--enforce-eager",),
-        ("--distributed-executor-backend", "mp"),
         ("--max-num-seqs", "8"),
         ("--max-num-batched-tokens", "1024"),
         ("--max-model-len", "1024"),
         ("--dtype", "float32"),
     ],
 )
-def test_an_engine_with_other_flags_is_measured_anew(model: Path, flags: tuple[str, ...]) -> None:
+def test_an_engine_that_its_flags_make_another_is_measured_anew(model: Path, flags: tuple[str, ...]) -> None:
+    assert setup_of(model, *flags, told=False) != setup_of(model, told=False)
+
+
+@pytest.mark.parametrize("flags", [("--distributed-executor-backend", "mp")])
+def test_flags_that_leave_the_kernels_alone_count_too(model: Path, flags: tuple[str, ...]) -> None:
+    assert setup_of(model, *flags, told=False) == setup_of(model, told=False), "it belongs above"
     assert setup_of(model, *flags) != setup_of(model)
 
 
