@@ -12,7 +12,7 @@ import logging
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
 from sqlalchemy import ColumnElement, Float, case, cast, delete, func, select, update
@@ -86,7 +86,10 @@ class Amounts:
             return (2 * count * elapsed + whole) // (2 * whole)
 
         share = elapsed / whole
-        return self._each(rounded, lambda amount: amount * share)
+        part = self._each(rounded, lambda amount: amount * share)
+        # Each rounded by itself, a minute could miss a second of none that it is owed.
+        kept = rounded(self.owed_seconds - self.missed_seconds)
+        return replace(part, owed_seconds=kept + part.missed_seconds)
 
     @property
     def backwards(self) -> bool:
@@ -94,8 +97,9 @@ class Amounts:
         return min(self.values) < 0
 
     def rises(self) -> Amounts:
-        """As a difference of counters: those that went up."""
-        return self._each(lambda count: max(count, 0), lambda amount: max(amount, 0.0))
+        """As a difference of counters: those that went up; of seconds that were not owed none is missed."""
+        risen = self._each(lambda count: max(count, 0), lambda amount: max(amount, 0.0))
+        return replace(risen, missed_seconds=min(risen.missed_seconds, risen.owed_seconds))
 
     def _each(self, of_count: Callable[[int], int], of_amount: Callable[[float], float]) -> Amounts:
         """With one function applied to what is counted, and another to what is measured."""

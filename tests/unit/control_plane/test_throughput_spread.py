@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -16,8 +17,11 @@ HOUR = datetime.timedelta(hours=1)
 DAY = datetime.timedelta(days=1)
 
 counts = st.integers(0, 10**12)
+seconds = st.integers(0, 100)
 tokens = st.floats(0, 1e12)
-amounts = st.builds(Amounts, *[counts] * 5, *[tokens] * 4)
+amounts = st.builds(Amounts, *[counts] * 3, *[seconds] * 2, *[tokens] * 4).map(
+    lambda drawn: replace(drawn, missed_seconds=min(drawn.missed_seconds, drawn.owed_seconds))
+)
 moments = st.datetimes(NOON.replace(tzinfo=None), (NOON + 2 * HOUR).replace(tzinfo=None)).map(
     lambda moment: moment.replace(tzinfo=datetime.UTC)
 )
@@ -55,6 +59,22 @@ def test_each_minutes_share_is_in_proportion_to_its_time(
         share = (min(end, minute + MINUTE) - max(start, minute)) / (end - start)
         assert part.output_tokens == pytest.approx(whole.output_tokens * share, rel=1e-9, abs=1)
         assert part.owed_tokens == pytest.approx(whole.owed_tokens * share, rel=1e-6, abs=1e-3)
+
+
+@settings(deadline=None)
+@given(amounts, spans)
+def test_no_minute_misses_more_seconds_than_it_is_owed(
+    whole: Amounts, between: list[datetime.datetime]
+) -> None:
+    for part in spread(whole, *between).values():
+        assert 0 <= part.missed_seconds <= part.owed_seconds
+
+
+def test_of_seconds_that_were_not_owed_none_is_missed() -> None:
+    """Though a counter may go backwards, and the other not."""
+    change = Amounts(owed_seconds=-5, missed_seconds=1)
+    assert change.rises() == Amounts()
+    assert Amounts(owed_seconds=2, missed_seconds=1).rises() == Amounts(owed_seconds=2, missed_seconds=1)
 
 
 def test_a_report_across_a_border_is_split_there() -> None:
