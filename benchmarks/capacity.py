@@ -68,9 +68,6 @@ class MeasureError(Exception):
 class NodeEngine(Engine):
     """The engine with the operator's flags and nothing else: what is measured is what will serve."""
 
-    max_num_seqs: int = 0
-    """Not set here: by one of the flags or by vLLM itself."""
-
     def flags(self) -> list[str]:
         return ["--disable-uvicorn-access-log", *self.extra]
 

@@ -48,7 +48,8 @@ class Engine:
     """The engine settings that both systems share."""
 
     model: Path | str
-    max_num_seqs: int
+    max_num_seqs: int | None = None
+    """None leaves it to `extra`, or to vLLM itself."""
     extra: tuple[str, ...] = ()
     """More vLLM flags, for example `("--max-model-len", "4096")`."""
     eager: bool = True
@@ -57,7 +58,7 @@ class Engine:
     def flags(self) -> list[str]:
         # Without prefix caching every prompt costs what it says.
         return [
-            f"--max-num-seqs={self.max_num_seqs}",
+            *([] if self.max_num_seqs is None else [f"--max-num-seqs={self.max_num_seqs}"]),
             *(["--enforce-eager"] if self.eager else []),
             "--disable-uvicorn-access-log",
             "--no-enable-prefix-caching",
