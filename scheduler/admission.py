@@ -26,10 +26,10 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 from scheduler.buckets import RecentRate, TokenBucket
 from scheduler.ledger import WINDOWS_S
+from scheduler.limits import Limits
 from scheduler.seats import LimitReading, Seat, SeatHeap, SeatReading
 from scheduler.step_rules import UNLIMITED
 from scheduler.terms import Ask, Capacity, Policy, SeatTerms
@@ -46,6 +46,7 @@ class Admission:
     def __init__(self, capacity: Capacity, policy: Policy | None = None) -> None:
         self.capacity = capacity
         self.policy = policy or Policy()
+        self._limits = Limits(self.policy)
         self.virtual_time = 0.0
         self.in_flight = 0
         self.borrowed_limit = UNLIMITED
@@ -107,22 +108,18 @@ class Admission:
     def submit(self, seat_id: str, asks: Sequence[Ask], now: float) -> list[Ticket] | Refusal:
         """Queue the prompts of one request, all or none. Limits are checked first, then debited."""
         seat = self._seats[seat_id]
-        refusal = self._refusal(seat, asks, now)
+        refusal = self._closed_refusal(seat) or self._limits.refusal(seat, asks, self.capacity.slots, now)
         if refusal is not None:
             seat.outcomes[Outcome.REJECTED] += sum(ask.count for ask in asks)
             return refusal
-        reserves = self._reserves(seat, asks)
+        reserves = self._limits.reserves(seat, asks)
         return [self._enqueue(seat, ask, reserve, now) for ask, reserve in zip(asks, reserves, strict=True)]
 
     def foresee(self, seat_id: str, now: float, *, queues: bool = True) -> Refusal | None:
         """The refusal that any request of the seat would get now, before its size is known; `queues` is
         whether it would enter the queue."""
         seat = self._seats[seat_id]
-        limits = (
-            self._request_limit_refusal(seat, 1, now),
-            self._queue_refusal(seat, 1) if queues else None,
-        )
-        refusal = self._closed_refusal(seat) or _longest(limits)
+        refusal = self._closed_refusal(seat) or self._limits.foreseen(seat, now, queues=queues)
         if refusal is not None:
             seat.outcomes[Outcome.REJECTED] += 1
         return refusal
@@ -150,7 +147,7 @@ class Admission:
             ticket = next(iter(self._queued.values()))
             if ticket.expires_at > now:
                 break
-            refusal = Refusal(Reason.QUEUE_TIMEOUT, self._queue_wait_s(ticket.seat))
+            refusal = Refusal(Reason.QUEUE_TIMEOUT, self._limits.queue_wait_s(ticket.seat))
             evicted.append(self._evict(ticket, refusal, now))
         return evicted
 
@@ -249,80 +246,10 @@ class Admission:
 
     # --- inside ------------------------------------------------------------------------------------
 
-    def _refusal(self, seat: Seat, asks: Sequence[Ask], now: float) -> Refusal | None:
-        never = self._closed_refusal(seat) or self._size_refusal(seat, asks)
-        if never is not None:
-            return never
-        count = sum(ask.count for ask in asks)
-        return _longest(
-            (
-                self._request_limit_refusal(seat, count, now),
-                self._token_limit_refusal(seat, asks, now),
-                self._queue_refusal(seat, count),
-            )
-        )
-
     def _closed_refusal(self, seat: Seat) -> Refusal | None:
         if self.draining:
             return Refusal(Reason.DRAINING)
         return None if seat.closed is None else Refusal(seat.closed)
-
-    def _size_refusal(self, seat: Seat, asks: Sequence[Ask]) -> Refusal | None:
-        """What no amount of waiting would make fit."""
-        count = sum(ask.count for ask in asks)
-        sizes = (
-            (Reason.TOO_WIDE, max(ask.count for ask in asks), self.capacity.slots),
-            (Reason.TOO_MANY, count, seat.terms.rpm_limit),
-            (Reason.OVER_QUEUE, count, self._queue_bound(seat)),
-            (Reason.TOO_LARGE, sum(a.input_tokens + a.count for a in asks), seat.terms.tpm_limit),
-        )
-        for reason, requested, limit in sizes:
-            if requested > limit:
-                return Refusal(reason, limit=limit, requested=requested)
-        return None
-
-    @staticmethod
-    def _request_limit_refusal(seat: Seat, count: int, now: float) -> Refusal | None:
-        wait = seat.requests.wait_s(count, now)
-        if wait == 0:
-            return None
-        return _limit_refusal(Reason.REQUEST_LIMIT, seat.requests, count, wait, now)
-
-    def _token_limit_refusal(self, seat: Seat, asks: Sequence[Ask], now: float) -> Refusal | None:
-        tokens = sum(self._reserves(seat, asks))
-        wait = seat.tokens.wait_s(tokens, now)
-        if wait == 0:
-            return None
-        return _limit_refusal(Reason.TOKEN_LIMIT, seat.tokens, tokens, wait, now)
-
-    def _reserves(self, seat: Seat, asks: Sequence[Ask]) -> list[int]:
-        """Tokens to take from the token limit for each prompt, together never more than the limit: a
-        request whose expected output overshoots it may still be short, so it reserves all there is."""
-        left = seat.terms.tpm_limit
-        reserves = []
-        for ask in asks:
-            reserves.append(min(left, ask.input_tokens + self._expected_output(seat, ask)))
-            left -= reserves[-1]
-        return reserves
-
-    def _queue_refusal(self, seat: Seat, count: int) -> Refusal | None:
-        bound = self._queue_bound(seat)
-        if seat.waiting + count <= bound:
-            return None
-        wait = self._queue_wait_s(seat)
-        return Refusal(Reason.QUEUE_FULL, wait, limit=bound, used=seat.waiting, requested=count)
-
-    def _queue_bound(self, seat: Seat) -> int:
-        return self.policy.max_queued_per_seat * seat.terms.quantity
-
-    def _queue_wait_s(self, seat: Seat) -> float:
-        """Seconds until a place in the seat's queue should be free, by its recent pace."""
-        return min(max(seat.dispatch_gap_s, 1.0), self.policy.queue_timeout_s)
-
-    @staticmethod
-    def _expected_output(seat: Seat, ask: Ask | Ticket) -> int:
-        """Output tokens over all sequences, by the seat's running mean; whole, so that sums stay exact."""
-        return ask.count * min(math.ceil(seat.expected_output), ask.max_tokens)
 
     def _enqueue(self, seat: Seat, ask: Ask, reserved_tokens: int, now: float) -> Ticket:
         self._last_number += 1
@@ -382,7 +309,7 @@ class Admission:
         """Whether there is room: for owed work all that is not in use by owed work."""
         if self.in_flight == 0:
             return True
-        need = ticket.input_tokens + self._expected_output(ticket.seat, ticket)
+        need = ticket.input_tokens + ticket.seat.expected(ticket.count, ticket.max_tokens)
         if owed:
             slots, kv_in_use = self.capacity.slots - self._owed_in_flight, self._owed_kv_in_use
         else:
@@ -400,7 +327,7 @@ class Admission:
         self.virtual_time = max(self.virtual_time, fairest.tag)
         ticket.apply(Event.DISPATCH)
         ticket.dispatched_at = now
-        ticket.expected_output = self._expected_output(seat, ticket)
+        ticket.expected_output = seat.expected(ticket.count, ticket.max_tokens)
         ticket.kv_tokens = ticket.input_tokens + ticket.expected_output
         self._kv_in_use += ticket.kv_tokens
         if owed:
@@ -493,19 +420,6 @@ class Admission:
             self._fair.push(seat)
             if seat.head_owed:
                 self._owed.push(seat)
-
-
-def _longest(refusals: Iterable[Refusal | None]) -> Refusal | None:
-    """The first of them, with the longest wait: a retry is admitted once all that refuses it has passed."""
-    standing = [refusal for refusal in refusals if refusal is not None]
-    if not standing:
-        return None
-    return replace(standing[0], retry_after_s=max(refusal.retry_after_s or 0.0 for refusal in standing))
-
-
-def _limit_refusal(reason: Reason, bucket: TokenBucket, requested: float, wait: float, now: float) -> Refusal:
-    used = round(bucket.limit - bucket.level(now))
-    return Refusal(reason, wait, limit=bucket.limit, used=used, requested=round(requested))
 
 
 def _read_bucket(bucket: TokenBucket, now: float) -> LimitReading:

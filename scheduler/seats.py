@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,6 +76,10 @@ class Seat:
     def owed(self) -> int:
         """Sequences in the engine that count as owed."""
         return min(self.terms.quantity, self.in_flight) if self.guaranteed else 0
+
+    def expected(self, sequences: int, max_tokens: int) -> int:
+        """Output tokens of so many sequences together, by its running mean: whole, so that sums are exact."""
+        return sequences * min(math.ceil(self.expected_output), max_tokens)
 
 
 @dataclass(frozen=True, slots=True)

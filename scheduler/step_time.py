@@ -97,14 +97,12 @@ class StepTimeFit:
         decodes: float,
         kv_tokens: float,
         seconds: float,
-        predicted_s: float | None = None,
+        predicted_s: float,
     ) -> None:
-        """One step took `seconds`, and `predicted_s` is what it was chosen by; the present model's without.
-        Steps without work, and impossible times, are passed over."""
+        """One step took `seconds`, and `predicted_s` is what it was chosen by. Steps without work, and
+        impossible times, are passed over."""
         if not 0.0 < seconds < 60.0 or prefill_tokens + decodes <= 0:
             return
-        if predicted_s is None:
-            predicted_s = self.model.seconds(prefill_tokens, decodes, kv_tokens)
         residual = abs(seconds / max(1e-6, predicted_s) - 1.0)
         self.error += _ERROR_GAIN * (min(1.0, residual) - self.error)
         self.samples += 1

@@ -161,9 +161,9 @@ async def measure_while_idle(engine: Measurable, table: StepTable, idle: Callabl
             continue
         try:
             await _measure_while(idle, engine, table)
-        except Exception as error:
-            # Whatever it is must not end serving, and of a dead engine vLLM itself tells, with the cause.
-            log.warning("could not measure again: %r", error)
+        except Exception:
+            # Whatever it is must not end serving; a dead engine is told of, and ends it, elsewhere.
+            log.warning("could not measure again", exc_info=True)
 
 
 async def _measure_while(idle: Callable[[], bool], engine: Measurable, table: StepTable) -> None:

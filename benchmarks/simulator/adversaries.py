@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 from benchmarks.simulator.clients import Client, ClosedLoop, OnOff, OpenLoop, Shape
 from benchmarks.simulator.machines import (
@@ -223,14 +223,8 @@ def _drop(capacity: Capacity, rng: random.Random) -> tuple[Change, ...]:
 def _slowest(machine: StepTime, changes: tuple[Change, ...]) -> StepTime:
     """The machine while it is slowest: what can be kept then can be kept throughout."""
     slowdown = max((change.slowdown for change in changes), default=1.0)
-    return replace(
-        machine,
-        base_s=machine.base_s * slowdown,
-        prefill_token_s=machine.prefill_token_s * slowdown,
-        decode_s=machine.decode_s * slowdown,
-        kv_token_s=machine.kv_token_s * slowdown,
-        experts_s=machine.experts_s * slowdown,
-    )
+    *terms, active_share = astuple(machine)
+    return replace(StepTime(*(slowdown * term for term in terms)), active_share=active_share)
 
 
 def _with_huge_outputs(clients: list[Client], rng: random.Random) -> tuple[Client, ...]:

@@ -45,6 +45,7 @@ def setup_of(model: Path, *flags: str, told: bool = True) -> str:
 
 @pytest.fixture
 def model(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The model, in the environment that serving has here: vLLM reads it in this process, too."""
     for name, value in CPU_ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     return demo_model
@@ -80,6 +81,7 @@ def test_an_engine_on_other_cores_is_measured_anew(model: Path, monkeypatch: pyt
     assert setup_of(model) != before
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0")
     assert setup_of(model) == before
+    # As on a machine with more cores than whoever runs this may have.
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(77)))
     assert setup_of(model) != before
 
@@ -117,7 +119,11 @@ def test_the_same_engine_is_known_again_in_another_process(model: Path) -> None:
 
 
 async def measured(monkeypatch: pytest.MonkeyPatch, ends: str) -> tuple[bool, dict[str, list[int]]]:
-    """Whether an engine whose requests end for this reason counts as measured, and what it was asked."""
+    """Whether an engine whose requests end for this reason counts as measured, and what it was asked.
+
+    A real engine measures itself in every test that starts one; that it is stopped just then, no test can
+    choose, so what it answers is played here.
+    """
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from serving.engine import SeatLLM

@@ -26,6 +26,7 @@ from scheduler import (
 )
 from scheduler.buckets import TokenBucket
 from scheduler.ledger import Ledger
+from scheduler.limits import Limits
 from scheduler.paces import Paces
 from scheduler.prompts import Prompts
 from scheduler.seats import Seat, SeatHeap
@@ -234,15 +235,15 @@ def no_settlement(patch: Patch) -> None:
 
 
 def refused_request_is_debited(patch: Patch) -> None:
-    refusal_of = Admission._refusal
+    refusal_of = Limits.refusal
 
-    def mutant(self: Admission, seat: Seat, asks: Sequence[Ask], now: float) -> Refusal | None:
-        refusal = refusal_of(self, seat, asks, now)
+    def mutant(self: Limits, seat: Seat, asks: Sequence[Ask], slots: int, now: float) -> Refusal | None:
+        refusal = refusal_of(self, seat, asks, slots, now)
         if refusal is not None:
             seat.requests.take(1, now)
         return refusal
 
-    patch.setattr(Admission, "_refusal", mutant)
+    patch.setattr(Limits, "refusal", mutant)
 
 
 def limits_not_enforced(patch: Patch) -> None:
@@ -255,35 +256,34 @@ def retry_after_too_short(patch: Patch) -> None:
 
 
 def retry_after_of_the_first_limit_only(patch: Patch) -> None:
-    def mutant(self: Admission, seat: Seat, asks: Sequence[Ask], now: float) -> Refusal | None:
+    def mutant(self: Limits, seat: Seat, asks: Sequence[Ask], slots: int, now: float) -> Refusal | None:
         count = sum(ask.count for ask in asks)
         return (
-            self._closed_refusal(seat)
-            or self._size_refusal(seat, asks)
+            self._size_refusal(seat, asks, slots)
             or self._request_limit_refusal(seat, count, now)
             or self._token_limit_refusal(seat, asks, now)
             or self._queue_refusal(seat, count)
         )
 
-    patch.setattr(Admission, "_refusal", mutant)
+    patch.setattr(Limits, "refusal", mutant)
 
 
 def group_reserves_more_than_the_limit(patch: Patch) -> None:
     enqueue = Admission._enqueue
 
     def mutant(self: Admission, seat: Seat, ask: Ask, reserved_tokens: int, now: float) -> Ticket:
-        return enqueue(self, seat, ask, ask.input_tokens + self._expected_output(seat, ask), now)
+        return enqueue(self, seat, ask, ask.input_tokens + seat.expected(ask.count, ask.max_tokens), now)
 
     patch.setattr(Admission, "_enqueue", mutant)
 
 
 def queue_unbounded(patch: Patch) -> None:
-    patch.setattr(Admission, "_queue_refusal", lambda self, seat, count: None)
+    patch.setattr(Limits, "_queue_refusal", lambda self, seat, count: None)
 
 
 def queue_refuses_at_half(patch: Patch) -> None:
-    bound = Admission._queue_bound
-    patch.setattr(Admission, "_queue_bound", lambda self, seat: bound(self, seat) // 2)
+    bound = Limits._queue_bound
+    patch.setattr(Limits, "_queue_bound", lambda self, seat: bound(self, seat) // 2)
 
 
 def timeout_too_early(patch: Patch) -> None:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import pytest
+
 from contract.step_time import StepTime
 from scheduler.arrange import arrange
 from scheduler.step_time import StepTimeFit
@@ -125,29 +127,31 @@ def test_only_as_many_give_way_as_kv_cache_is_needed() -> None:
     assert engine.running == ["b", "c"]
 
 
-def test_who_would_not_fit_even_so_takes_nothing_and_lets_the_others_pass() -> None:
-    engine = FakeEngine(slots=9, kv_blocks=100)
-    engine.run("owed", seat="sold", tokens=50)
-    engine.run("borrowed", tokens=30)
-    engine.wait("small", tokens=10, due=2.0)
-    engine.wait("large", tokens=60, due=3.0)
-    engine.wait("medium", tokens=30, due=4.0)
-    engine.wait("free", seat="free")
-    engine.arrange()
-    assert engine.running == ["owed"], "for the medium one"
-    assert engine.waiting == ["small", "medium", "borrowed", "free", "large"]
-
-
-def test_from_its_deadline_on_nobody_passes_it_and_nothing_is_taken_for_those_behind() -> None:
+@pytest.fixture
+def short_of_kv() -> FakeEngine:
+    """The large one would not fit even without the borrowed one; the medium one would."""
     engine = FakeEngine(slots=9, kv_blocks=100)
     engine.run("owed", seat="sold", tokens=50)
     engine.run("borrowed", tokens=30)
     engine.wait("large", tokens=60, due=3.0)
     engine.wait("medium", tokens=30, due=4.0)
     engine.wait("free", seat="free")
-    engine.arrange(now=3.0)
-    assert engine.running == ["owed", "borrowed"]
-    assert engine.waiting == ["large", "medium", "free"]
+    return engine
+
+
+def test_who_would_not_fit_even_so_takes_nothing_and_lets_the_others_pass(short_of_kv: FakeEngine) -> None:
+    short_of_kv.wait("small", tokens=10, due=2.0)
+    short_of_kv.arrange(now=1.0)
+    assert short_of_kv.running == ["owed"], "for the medium one"
+    assert short_of_kv.waiting == ["small", "medium", "borrowed", "free", "large"]
+
+
+def test_from_its_deadline_on_nobody_passes_it_and_nothing_is_taken_for_those_behind(
+    short_of_kv: FakeEngine,
+) -> None:
+    short_of_kv.arrange(now=3.0)
+    assert short_of_kv.running == ["owed", "borrowed"]
+    assert short_of_kv.waiting == ["large", "medium", "free"]
 
 
 def test_what_each_gets_is_not_given_away_twice() -> None:

@@ -9,19 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.capacity import (
-    Level,
-    Limits,
-    Measured,
-    NodeEngine,
-    _table,
-    levels,
-    main,
-    parse,
-    report,
-    write,
-)
+from benchmarks.capacity import Level, Limits, NodeEngine, levels, main, parse
 from benchmarks.capacity_fit import Point, fit, offers, point, prefill_tok_s
+from benchmarks.capacity_report import Measured, report, table, write
 from benchmarks.load import Phase, RequestRecord, Served
 from contract.capacity import NodeCapacity, Promise, judge, parse_capacity
 from contract.step_time import StepTime
@@ -162,7 +152,7 @@ def test_what_is_written_is_what_a_pool_and_an_agent_take(tmp_path: Path) -> Non
 
 
 def test_columns_are_aligned() -> None:
-    assert _table(("a", "b"), [("long", "1"), ("x", "100")]) == "a       b\nlong    1\nx     100"
+    assert table(("a", "b"), [("long", "1"), ("x", "100")]) == "a       b\nlong    1\nx     100"
 
 
 def test_engine_flags_go_to_the_engine_as_they_are() -> None:

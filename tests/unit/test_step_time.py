@@ -45,9 +45,17 @@ def steps(
         yield *step, machine.seconds(*step) * rng.lognormvariate(-noise * noise / 2, noise)
 
 
+def observe(
+    fit: StepTimeFit, prefill_tokens: float, decodes: float, kv_tokens: float, seconds: float
+) -> None:
+    """A step that was chosen by what the fit says at present."""
+    predicted_s = fit.model.seconds(prefill_tokens, decodes, kv_tokens)
+    fit.observe(prefill_tokens, decodes, kv_tokens, seconds, predicted_s)
+
+
 def taught(fit: StepTimeFit, *args: object, **options: object) -> StepTimeFit:
     for step in steps(*args, **options):  # type: ignore[arg-type]
-        fit.observe(*step)
+        observe(fit, *step)
     return fit
 
 
@@ -91,7 +99,7 @@ def test_outliers_move_nothing(share: float) -> None:
     fit = taught(StepTimeFit(GUESS), DENSE, 1_000)
     rng = random.Random(3)
     for prefill, decodes, kv_tokens, seconds in steps(DENSE, 2_000):
-        fit.observe(prefill, decodes, kv_tokens, seconds * (20.0 if rng.random() < share else 1.0))
+        observe(fit, prefill, decodes, kv_tokens, seconds * (20.0 if rng.random() < share else 1.0))
         assert worst(fit, DENSE) < 0.13
     assert worst(fit, DENSE) < 0.08
 
@@ -99,9 +107,9 @@ def test_outliers_move_nothing(share: float) -> None:
 def test_one_pause_moves_next_to_nothing() -> None:
     fit = taught(StepTimeFit(GUESS), DENSE, 1_000)
     before = fit.model.seconds(0, 16, 8_000)
-    fit.observe(0, 16, 8_000, 50.0)
+    observe(fit, 0, 16, 8_000, 50.0)
     for step in steps(DENSE, 20):
-        fit.observe(*step)
+        observe(fit, *step)
     assert fit.model.seconds(0, 16, 8_000) == pytest.approx(before, rel=0.05)
 
 
@@ -145,7 +153,7 @@ def test_an_anchored_fit_does_not_unlearn_from_batches_that_follow_the_machine()
         if number % 200 == 0:
             slow = rng.choice((0.7, 1.0, 1.4))
         decodes = max(1, round((9e-3 / slow - DENSE.base_s) / (DENSE.decode_s + 500 * DENSE.kv_token_s)))
-        fit.observe(0, decodes, 500 * decodes, slow * DENSE.seconds(0, decodes, 500 * decodes))
+        observe(fit, 0, decodes, 500 * decodes, slow * DENSE.seconds(0, decodes, 500 * decodes))
     grown = fit.model.seconds(0, 64, 32_000) / fit.model.seconds(0, 1, 500)
     assert grown >= 0.75 * DENSE.seconds(0, 64, 32_000) / DENSE.seconds(0, 1, 500)
 
@@ -155,7 +163,7 @@ def test_an_anchor_changes_no_prediction() -> None:
     before = fit.model
     fit.anchor(100.0)
     assert fit.model == before
-    fit.observe(0, 16, 8_000, DENSE.seconds(0, 16, 8_000))
+    observe(fit, 0, 16, 8_000, DENSE.seconds(0, 16, 8_000))
     assert fit.model == before
 
 
@@ -163,7 +171,7 @@ def test_a_trusted_seed_is_slow_to_move_and_a_guess_is_quick() -> None:
     def moved(samples: float) -> float:
         fit = StepTimeFit(GUESS, seed_samples=samples)
         for step in steps(DENSE, 64):
-            fit.observe(*step)
+            observe(fit, *step)
         return abs(fit.model.prefill_token_s / fit.speed - GUESS.prefill_token_s)
 
     assert moved(10_000.0) < 0.5 * moved(1.0)
@@ -181,9 +189,9 @@ def test_impossible_steps_are_passed_over(step: tuple[float, float, float, float
     fits = [StepTimeFit(GUESS) for _ in range(2)]
     for number, good in enumerate(steps(DENSE, 100)):
         for fit in fits:
-            fit.observe(*good)
+            observe(fit, *good)
         if number % 10 == 0:
-            fits[0].observe(*step)
+            observe(fits[0], *step)
         with_it, without = ((fit.model, fit.samples, fit.speed, fit.error) for fit in fits)
         assert with_it == without
 
@@ -235,7 +243,7 @@ def test_no_input_makes_a_term_negative_or_no_number(
     fit = StepTimeFit(seed)
     for repeat in range(repeats):
         for step in observed:
-            fit.observe(*step)
+            observe(fit, *step)
         if anchored and repeat == 1:
             fit.anchor(100.0)
         terms = astuple(fit.model)

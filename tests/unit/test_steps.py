@@ -35,7 +35,7 @@ def known(step_time: StepTime = MACHINE) -> StepTimeFit:
 class FrozenFit(StepTimeFit):
     """One that is wrong and stays so."""
 
-    def observe(self, *step: float | None) -> None:
+    def observe(self, *step: float) -> None:
         pass
 
 
