@@ -71,7 +71,7 @@ def output_never_corrected(patch: Patch) -> None:
             charge(self, ticket, min(output_tokens, ticket.expected_output))
 
     patch.setattr(Admission, "_charge_output", mutant)
-    patch.setattr(Admission, "_expected_output", staticmethod(lambda seat, ask: ask.count))
+    patch.setattr(Seat, "expected", lambda self, sequences, max_tokens: sequences)
 
 
 def no_refund(patch: Patch) -> None:
