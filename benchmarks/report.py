@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -12,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic_core import to_json
 
 from scheduler import steps
 
@@ -94,7 +95,8 @@ def write_text(result: Result, folder: Path) -> list[Path]:
     data = folder / "result.json"
     content = {**asdict(result), "environment": environment()}
     content["config"] = {name: _elsewhere(value) for name, value in result.config.items()}
-    data.write_text(json.dumps(content, indent=1, default=str))
+    # JSON has neither NaN, the interval of too few samples, nor the infinity that ends a histogram.
+    data.write_bytes(to_json(content, indent=1, inf_nan_mode="null", fallback=str))
     table = folder / "table.txt"
     table.write_text(f"{result}\n")
     return [data, table]
