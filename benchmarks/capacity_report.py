@@ -78,6 +78,7 @@ def _fitted_s(each: Point, capacity: NodeCapacity) -> float:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lines of text: the first column to the left, figures to the right."""
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     lines = [columns, *rows]
     return "\n".join(

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic_core import to_json
+from pydantic import TypeAdapter
 
 from scheduler import steps
 
@@ -95,8 +95,8 @@ def write_text(result: Result, folder: Path) -> list[Path]:
     data = folder / "result.json"
     content = {**asdict(result), "environment": environment()}
     content["config"] = {name: _elsewhere(value) for name, value in result.config.items()}
-    # JSON has neither NaN, the interval of too few samples, nor the infinity that ends a histogram.
-    data.write_bytes(to_json(content, indent=1, inf_nan_mode="null", fallback=str))
+    # JSON has neither NaN, the interval of too few samples, nor the infinity that ends a histogram: null.
+    data.write_bytes(TypeAdapter(dict[str, Any]).dump_json(content, indent=1, fallback=str))
     table = folder / "table.txt"
     table.write_text(f"{result}\n")
     return [data, table]

@@ -21,7 +21,7 @@ class Limits:
         self._policy = policy
 
     def refusal(self, seat: Seat, asks: Sequence[Ask], slots: int, now: float) -> Refusal | None:
-        """Of the prompts of one request, all or none, on an engine with so many slots."""
+        """Why a request, all of its prompts or none, may not be queued where there are so many slots."""
         never = self._size_refusal(seat, asks, slots)
         if never is not None:
             return never
@@ -35,7 +35,7 @@ class Limits:
         )
 
     def foreseen(self, seat: Seat, now: float, *, queues: bool) -> Refusal | None:
-        """Of any request, before its size is known; `queues` is whether it would enter the queue."""
+        """Why no request could be, whatever its size; `queues` is whether it would enter the queue."""
         return _longest(
             (
                 self._request_limit_refusal(seat, 1, now),

@@ -162,7 +162,7 @@ async def measure_while_idle(engine: Measurable, table: StepTable, idle: Callabl
         try:
             await _measure_while(idle, engine, table)
         except Exception:
-            # Whatever it is must not end serving; a dead engine is told of, and ends it, elsewhere.
+            # Whatever it is must not end serving. Of a dead engine /healthz tells the agent.
             log.warning("could not measure again", exc_info=True)
 
 

@@ -57,12 +57,11 @@ def test_results_name_no_folder_of_the_machine(tmp_path: Path, monkeypatch: pyte
     assert json.loads(data.read_text())["config"]["model"] == "Qwen/Qwen3-0.6B"
 
 
-def test_what_too_few_samples_do_not_tell_is_null_in_json(tmp_path: Path) -> None:
+def test_what_is_no_number_in_json_is_null(tmp_path: Path) -> None:
     result = _noisy({PLAIN: 4.0, SEATS: 1.0})
-    result.figures["ratio"] = {"value": 1.5, "low": float("nan")}
+    result.figures["ratio"] = {"value": 1.5, "low": float("nan"), "edge": float("inf")}
     data, _ = report.write_text(result, tmp_path)
-    assert "NaN" not in data.read_text()
-    assert json.loads(data.read_text())["figures"]["ratio"] == {"value": 1.5, "low": None}
+    assert json.loads(data.read_text())["figures"]["ratio"] == {"value": 1.5, "low": None, "edge": None}
 
 
 def test_failed_quiet_requests_miss_the_target() -> None:
