@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -95,6 +96,19 @@ async def test_tokens_are_counted_by_usage_not_by_text_or_events() -> None:
     assert finished
     assert all(record.output_tokens == record.max_tokens for record in finished)
     assert all(record.status == 200 for record in finished)
+
+
+async def test_garbage_of_before_is_left_alone_during_a_phase() -> None:
+    frozen = []
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        frozen.append(gc.get_freeze_count())
+        return await _stream(request)
+
+    async with _server(handler) as target:
+        await _run(_closed(target))
+    assert min(frozen) > 1000
+    assert gc.get_freeze_count() == 0
 
 
 async def test_a_keep_alive_comment_is_no_first_token() -> None:
