@@ -272,6 +272,8 @@ class StepPolicy:
     def _prefilled(self, stream: Stream, tokens: int) -> None:
         if not stream.running:
             self.prompts.begin(stream)
+            if not stream.owed:
+                self._review |= stream.seat.classify()
         stream.prefill_left = max(0, stream.prefill_left - tokens)
         stream.known += tokens
         if stream.decoding:

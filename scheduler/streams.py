@@ -56,6 +56,11 @@ class Stream:
         return self.prefill_left == 0
 
     @property
+    def stage(self) -> int:
+        """2 while it decodes, 1 while it is read, 0 while it waits."""
+        return 2 if self.decoding else int(self.running)
+
+    @property
     def computed(self) -> int:
         """Tokens in the KV cache."""
         return self.known if self.joined is None else self.known + self.seat.decodes.step - self.joined
@@ -162,7 +167,8 @@ class StepSeat:
     """One seat in the engine. Only the step policy writes it.
 
     Invariants: `streams` are those of its sequences that are in the engine, oldest first; `owed` are the
-    first of these, as many as the seat has seats, those that decode before those that do not yet.
+    first of these, as many as the seat has seats, those that decode before those that are read, and these
+    before those that wait.
     """
 
     __slots__ = (
@@ -244,12 +250,13 @@ class StepSeat:
         """Say anew which streams are owed; whether that has changed."""
         most = self.most_owed
         owed: list[Stream] = []
-        # A prompt that is still to be computed, or whose grammar is, must not stand for one that decodes.
-        for decoding in (True, False):
+        # A prompt that is still to be computed, or whose grammar is, must not stand for one that decodes, nor
+        # one that waits, perhaps for more KV cache than there is, for one that runs.
+        for stage in (2, 1, 0):
             for stream in self.streams.values():
                 if len(owed) == most:
                     break
-                if stream.decoding is decoding:
+                if stream.stage == stage:
                     owed.append(stream)
         if owed == self.owed:
             return False

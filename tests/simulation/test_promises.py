@@ -20,7 +20,7 @@ def test_random_adversaries_break_no_promise(first: int) -> None:
     assert not broken
 
 
-@pytest.mark.parametrize("seed", [13_869, 27_319, 51_829, 92_129])
+@pytest.mark.parametrize("seed", [13_869, 27_319, 33_998, 49_231, 51_829, 92_129])
 def test_adversaries_that_broke_a_promise_once_break_none(seed: int) -> None:
     assert not evidence.broken_by_random_adversary(seed)
 

@@ -1274,6 +1274,26 @@ def test_a_sequence_that_begins_anew_in_the_step_of_its_preemption_can_be_held_i
         engine.step()
 
 
+def test_what_runs_is_owed_before_what_waits_however_old() -> None:
+    policy = StepPolicy(known())
+    policy.set_seat("sold", 50.0, 1_000.0, 1, 1.0)
+    for name in ("older", "younger"):
+        policy.enter(name, "sold", 10, due=DUE, now=0.0)
+
+    def owed() -> list[str]:
+        return [str(name) for name, stream in policy.streams.items() if stream.owed]
+
+    assert owed() == ["older"]
+    policy.composed({"younger": 4}, now=0.0)
+    assert owed() == ["younger"], "there was no room for the older one: it must not stand for this one"
+    policy.composed({"younger": 1, "older": 10}, now=0.0)
+    assert owed() == ["older"], "it decodes"
+    policy.preempted("older", 11, now=0.0)
+    assert owed() == ["younger"]
+    policy.leave("younger", now=0.0)
+    assert owed() == ["older"]
+
+
 def test_a_preempted_owed_one_is_owed_no_pace_until_it_decodes_again() -> None:
     engine = engine_with(300.0, 40)
     engine.run(1.0)
