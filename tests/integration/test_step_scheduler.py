@@ -666,8 +666,9 @@ def step_node(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Ite
         stop_group(process)
 
 
-TIGHT = 0.85
-"""A guarantee of this share of what one stream makes alone leaves a full batch no room."""
+TIGHT = 1.2
+"""A guarantee of so many times what one stream makes alone leaves a full batch no room, not even where others
+use the machine while that is measured."""
 
 
 @pytest.fixture
