@@ -62,7 +62,7 @@ bench-guarantee: compiled ## Measure every promise of the scheduler beside plain
 simulate: install-dev ## Run the VTC paper's experiments in simulation, ours beside its policies, about 6 minutes
 	@exec $(BIN)/python -m benchmarks.simulator rows $(ARGS)
 
-soak: install-dev ## Run 100,000 adversarial simulations against the scheduler: about four hours, divided by the cores
+soak: install-dev ## Run 100,000 adversarial simulations against the scheduler: one and a half to four hours, divided by the cores
 	@exec $(BIN)/python -m benchmarks.simulator soak $(ARGS)
 
 clean: ## Remove what make installed and all caches; var/ (models, keys, results) stays

@@ -35,7 +35,7 @@ class Limits:
         )
 
     def foreseen(self, seat: Seat, now: float, *, queues: bool) -> Refusal | None:
-        """Why no request could be, whatever its size; `queues` is whether it would enter the queue."""
+        """Why no request may be queued, whatever its size; `queues` is whether one would have to wait."""
         return _longest(
             (
                 self._request_limit_refusal(seat, 1, now),

@@ -3,8 +3,9 @@
 Theory of operation (docs/scheduling.md derives it):
 
 * Once in the engine every sequence gets one token per step, so a step's length is everybody's pace. The
-  `quantity` oldest sequences of a guaranteed seat are *owed*; all others, and all sequences of other seats,
-  are *borrowed*, and borrowed work can be revoked between steps: *held*, its KV cache kept.
+  `quantity` oldest sequences of a guaranteed seat are *owed*, those that decode before those that are read
+  and these before those that wait; all others, and all sequences of other seats, are *borrowed*, and borrowed
+  work can be revoked between steps: *held*, its KV cache kept.
 * While owed sequences decode, a step may take `tokens it brings the seat / rate the seat is owed`, for the
   seat where that is least. Borrowed decodes take part as long as the step-time model stays within it; the
   rest is held. Where everything fits nothing is held, and where nobody is owed a pace there

@@ -28,7 +28,7 @@ examples:
   python -m benchmarks.simulator rows --quick
       the fit, the real trace and `overload` alone; about a minute
   python -m benchmarks.simulator soak --seeds 100000
-      adversarial simulations of the scheduler, judged by the oracles; about four hours, divided by the cores
+      adversarial simulations of the scheduler, judged by the oracles; 1.5 to 4 hours, divided by the cores
   python -m benchmarks.simulator soak --first 466 --seeds 1
       one of them again
   python -m benchmarks.simulator fit --tries 100
