@@ -29,7 +29,7 @@ examples:
   boosts bench fairness --rounds 0 --lone-connections 64
       the same with as many streams as slots
   boosts bench guarantee
-      every promise of the scheduler against a real vLLM, row by row, about 50 minutes
+      every promise of the scheduler against a real vLLM, row by row, about 80 minutes
   boosts bench guarantee --only pace,isolation
       only these rows; --quick shows in a few minutes that they work, and proves nothing
 
@@ -110,6 +110,7 @@ def _guarantee(arguments: argparse.Namespace, folder: Path) -> Ran:
         folder=folder,
         only=arguments.only,
         pace_rounds=arguments.pace_rounds,
+        starts=arguments.starts,
         pairs=arguments.pairs,
         max_num_seqs=arguments.max_num_seqs,
         seed=arguments.seed,
@@ -159,7 +160,12 @@ def _parser() -> argparse.ArgumentParser:
     promises.add_argument(
         "--pace-rounds", type=int, help="of pace; 26 s each on the node (default %(default)s)"
     )
-    promises.add_argument("--pairs", type=int, help="of total and lone (default %(default)s)")
+    promises.add_argument(
+        "--starts", type=_count, help="of both servers, for total and lone (default %(default)s)"
+    )
+    promises.add_argument(
+        "--pairs", type=_count, help="of total and lone, on each start (default %(default)s)"
+    )
     promises.set_defaults(**_defaults(guarantee.Config))
     scenarios.add_parser("gpu", help="the rows of guarantee that need a GPU to mean something, with Qwen3-8B")
     return parser
@@ -194,6 +200,13 @@ def _positive(text: str) -> float:
     value = float(text)
     if value <= 0:
         raise argparse.ArgumentTypeError("must be positive")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
     return value
 
 

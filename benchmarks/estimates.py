@@ -48,6 +48,11 @@ def median_estimate(samples: Sequence[float], seed: int) -> Estimate:
     return _bootstrap([samples], lambda drawn: np.median(drawn[0], axis=1), seed)
 
 
+def mean_estimate(samples: Sequence[float], seed: int) -> Estimate:
+    """The mean of independent samples, such as one ratio per start of the servers."""
+    return _bootstrap([samples], lambda drawn: drawn[0].mean(axis=1), seed)
+
+
 def percentile_ratio(over: Sequence[float], under: Sequence[float], share: float, seed: int) -> Estimate:
     """The ratio of two systems' percentiles, each side resampled by itself."""
     return _bootstrap(

@@ -58,6 +58,8 @@ class Row:
     summarize: Callable[[dict[str, Any], Rows], Part]
     """From the configuration and the row's data."""
     plot: Callable[[Axes, Rows, Part], None]
+    several_starts: bool = False
+    """Whether two starts of one server differ by more than the row's target allows."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -36,24 +37,51 @@ _OTHERS = 0.15
 _START_S = 45.0
 """About how long both servers take to load the demo model on two cores."""
 
+Session = list[Row]
+"""The rows that are measured on one pair of freshly started servers."""
+
 
 def chosen(config: Config) -> list[Row]:
     """The rows to measure, in their order."""
     return [row for name, row in ROWS.items() if not config.only or name in config.only]
 
 
-def expected_s(config: Config) -> float:
-    """About how long the run takes."""
-    return _START_S + sum(row.seconds(config) for row in chosen(config))
+def sessions(config: Config) -> list[Session]:
+    """All rows on the first pair of servers; on every further one those that need several starts."""
+    rows = chosen(config)
+    again = [row for row in rows if row.several_starts]
+    return [rows, *([again] * (config.starts - 1) if again else ())]
+
+
+def expected_s(config: Config, left: list[Session] | None = None) -> float:
+    """About how long the run, or what is left of it, takes."""
+    warm_up_s = 2 * (config.warm_s + config.calibration_s)
+    return sum(
+        _START_S + warm_up_s + sum(row.seconds(config) for row in session)
+        for session in (sessions(config) if left is None else left)
+    )
 
 
 def run(config: Config, progress: Progress, scenario: str = "guarantee") -> Result:
     """Measure every chosen row. Raises ServerStartError when a server does not start."""
+    left = sessions(config)
     countdown = _Countdown(progress, expected_s(config))
+    rows: Rows = []
+    for start in range(1, len(left) + 1):
+        countdown.expect(expected_s(config, left))
+        countdown.say(f"start {start} of {start + len(left) - 1}")
+        for measured in _measure(config, left.pop(0), countdown):
+            rows += [{**row, "start": start} for row in measured]
+            # What is there already outlives whatever happens to the rest.
+            (config.folder / "rows.json").write_text(json.dumps(rows))
+    return summarize(asdict(config), rows, scenario)
+
+
+def _measure(config: Config, session: Session, countdown: _Countdown) -> Iterator[Rows]:
+    """Start both servers and measure the session's rows, one after the other."""
     engine = Engine(config.model, config.max_num_seqs, config.engine_flags, config.eager)
     entitlements = config.folder / "entitlements.json"
     write_entitlements([pace.OWED, pace.CROWD], entitlements, guarantee_tok_s=config.easy_guarantee_tok_s)
-    rows: Rows = []
     with running(
         [plain_vllm(engine), seat_node(engine, entitlements)],
         config.folder,
@@ -63,13 +91,8 @@ def run(config: Config, progress: Progress, scenario: str = "guarantee") -> Resu
     ) as (plain, seats):
         bench = Bench(config, plain, seats, entitlements, countdown.say)
         _warm_up(bench)
-        left = chosen(config)
-        while left:
-            countdown.expect(sum(row.seconds(config) for row in left))
-            rows += left.pop(0).measure(bench)
-            # What is there already outlives whatever happens to the rest.
-            (config.folder / "rows.json").write_text(json.dumps(rows))
-    return summarize(asdict(config), rows, scenario)
+        for row in session:
+            yield row.measure(bench)
 
 
 def _warm_up(bench: Bench) -> None:
