@@ -130,6 +130,8 @@ def gpu_config(folder: Path) -> guarantee.Config:
         pace_rounds=5,
         pace_s=16.0,
         fixed_s=4.0,
+        # Loading takes minutes: the intervals hold for one pair of processes.
+        starts=1,
         pairs=4,
         pair_s=3.0,
         pair_warm_s=1.5,

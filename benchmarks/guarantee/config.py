@@ -55,8 +55,8 @@ class Config:
     fixed_s: float = 5.0
 
     starts: int = 16
-    """Of both servers, for total and lone: one vLLM process is up to 2 % faster than the next for as long as
-    it lives, so that however long one pair of them is measured, it says little about another."""
+    """Of both servers, for total and lone. From one start to the next their ratio differs by 1 to 2 %, so that
+    one pair of processes, however long it is measured, cannot show a few per cent."""
     pairs: int = 3
     """On every start."""
     pair_s: float = 4.0
