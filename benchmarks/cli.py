@@ -29,7 +29,7 @@ examples:
   boosts bench fairness --rounds 0 --lone-connections 64
       the same with as many streams as slots
   boosts bench guarantee
-      every promise of the scheduler against a real vLLM, row by row, about 80 minutes
+      every promise of the scheduler against a real vLLM, row by row, about 90 minutes
   boosts bench guarantee --only pace,isolation
       only these rows; --quick shows in a few minutes that they work, and proves nothing
 
@@ -161,7 +161,9 @@ def _parser() -> argparse.ArgumentParser:
         "--pace-rounds", type=int, help="of pace; 26 s each on the node (default %(default)s)"
     )
     promises.add_argument(
-        "--starts", type=_count, help="of both servers, for total and lone (default %(default)s)"
+        "--starts",
+        type=_count,
+        help="of both servers, for total and lone: 1, or 3 and more (default %(default)s)",
     )
     promises.add_argument(
         "--pairs", type=_count, help="of total and lone, on each start (default %(default)s)"

@@ -59,7 +59,7 @@ class Row:
     """From the configuration and the row's data."""
     plot: Callable[[Axes, Rows, Part], None]
     several_starts: bool = False
-    """Whether two starts of one server differ by more than the row's target allows."""
+    """Whether starts of one server differ by what matters to the row's target."""
 
 
 @dataclass(frozen=True, slots=True)
