@@ -12,6 +12,7 @@ from setuptools import setup
 COMPILED = (
     "contract/step_time.py",
     "scheduler/arrange.py",
+    "scheduler/borrowed_limit.py",
     "scheduler/paces.py",
     "scheduler/prompts.py",
     "scheduler/room.py",

@@ -30,8 +30,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any, Final
+from typing import Any
 
+from scheduler.borrowed_limit import BorrowedLimit
 from scheduler.paces import Paces
 from scheduler.prompts import Prompts
 from scheduler.room import room_for_borrowed
@@ -39,9 +40,6 @@ from scheduler.step_rules import UNLIMITED, StepRules
 from scheduler.step_time import StepTimeFit
 from scheduler.streams import Decodes, StepSeat, Stream
 from scheduler.turns import in_order, longest_held
-
-_MORE_THAN_ANY: Final = 4_096
-"""Sequences: no engine has that many slots, so entry need not open further bit by bit."""
 
 
 class Plan:
@@ -112,8 +110,7 @@ class StepPolicy:
         self.seats: dict[Hashable, StepSeat] = {}
         self.allowed_s: float | None = None
         """Longest step that keeps everybody's pace; None while nobody is owed one."""
-        self.borrowed_limit = UNLIMITED
-        """Borrowed sequences that are of use in the engine at present; more would only be held."""
+        self._entry = BorrowedLimit(self.rules.ramp_s)
         self.held = 0
         self._held_decodes = 0
         self.paces = Paces(self.rules)
@@ -135,13 +132,16 @@ class StepPolicy:
         self._refill = False
         self._changed: dict[Stream, bool] = {}
         """With what the adapter last knew of their `held`."""
-        self._opening_from, self._opening_since = UNLIMITED, 0.0
-        """The last `borrowed_limit` that was all there was use for, and when: from there entry opens."""
         self._review_at = float("-inf")
         self._easy_s = float("inf")
         """The longest step that keeps everybody's pace, while the batch is easy; infinite otherwise."""
         self._lone: StepSeat | None = None
         """The seat that has the engine for itself."""
+
+    @property
+    def borrowed_limit(self) -> int:
+        """Borrowed sequences that are of use in the engine at present; more would only be held."""
+        return self._entry.most
 
     # --- who is there -----------------------------------------------------------------------------
 
@@ -201,7 +201,8 @@ class StepPolicy:
         else:
             self.prompts.drop(stream)
         if not self.streams:
-            self.borrowed_limit, self.allowed_s = UNLIMITED, None
+            self._entry.lift()
+            self.allowed_s = None
 
     def preempted(self, stream_id: Hashable, recompute_tokens: int, now: float) -> None:
         """The sequence lost its KV cache and waits, held no more; it prefills `recompute_tokens` again."""
@@ -439,16 +440,8 @@ class StepPolicy:
         return in_order(self.seats.values(), self._virtual, self._decodes.step, self.rules.turn_steps)
 
     def _limit_borrowed(self, useful: int, now: float) -> None:
-        """Let in no more than are of use; more at once only bit by bit."""
-        if self.borrowed_limit < UNLIMITED:
-            doublings = min(20.0, (now - self._opening_since) / self.rules.ramp_s)
-            ramped = int(self._opening_from * 2.0**doublings) + 1
-            if ramped < min(useful, _MORE_THAN_ANY):
-                self.borrowed_limit = ramped
-                self._until_review = 1
-                return
-        self.borrowed_limit = min(UNLIMITED, max(1, useful))
-        self._opening_from, self._opening_since = self.borrowed_limit, now
+        if not self._entry.follow(useful, now):
+            self._until_review = 1
 
     # --- prompts -----------------------------------------------------------------------------------
 

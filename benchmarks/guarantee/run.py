@@ -70,7 +70,9 @@ def run(config: Config, progress: Progress, scenario: str = "guarantee") -> Resu
     for start in range(1, len(left) + 1):
         countdown.expect(expected_s(config, left))
         countdown.say(f"start {start} of {start + len(left) - 1}")
-        for measured in _measure(config, left.pop(0), countdown):
+        session = left.pop(0)
+        for number, measured in enumerate(_measure(config, session, countdown), 1):
+            countdown.expect(sum(row.seconds(config) for row in session[number:]) + expected_s(config, left))
             rows += [{**row, "start": start} for row in measured]
             # What is there already outlives whatever happens to the rest.
             (config.folder / "rows.json").write_text(json.dumps(rows))

@@ -355,7 +355,7 @@ def borrowed_work_gives_way_nowhere(patch: Patch) -> None:
 
     def mutant(self: StepPolicy, now: float) -> Plan:
         found = plan(self, now)
-        self.borrowed_limit = UNLIMITED
+        self._entry.lift()
         return Plan(found.changed, None)
 
     patch.setattr(StepPolicy, "plan", mutant)
