@@ -29,7 +29,7 @@ examples:
   boosts bench fairness --rounds 0 --lone-connections 64
       the same with as many streams as slots
   boosts bench guarantee
-      every promise of the scheduler against a real vLLM, row by row, about 90 minutes
+      every promise of the scheduler against a real vLLM, row by row, about 75 minutes
   boosts bench guarantee --only pace,isolation
       only these rows; --quick shows in a few minutes that they work, and proves nothing
 
@@ -37,6 +37,7 @@ examples:
 
 Results go to --out: result.json with every row, the table, a picture, the servers' logs. Exit status:
 0 when every target is met, 1 when one is not, 2 when a server did not start or serve, 130 after Ctrl-C.
+A run of guarantee that ends early after its first row writes what it has, with status 1.
 """
 
 Ran = tuple[report.Result, Callable[[report.Result, Figure], None]]

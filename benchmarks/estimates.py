@@ -1,8 +1,9 @@
-"""From samples to figures: percentiles, paired ratios and bootstrap intervals. Pure and seeded."""
+"""From samples to figures: percentiles, paired ratios and their intervals. Pure and seeded."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,11 +15,17 @@ Samples = NDArray[np.float64]
 _RESAMPLES = 4000
 _FEWEST = 3
 _Z95 = 1.959964
+_T95 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+"""Student's t, two-sided 95 %, by degrees of freedom from 1 on (NIST/SEMATECH e-Handbook, 1.3.6.7.2)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A figure and the interval that holds it with 95 % confidence, by bootstrap.
+    """A figure and the interval that holds it with 95 % confidence.
 
     Of fewer than three samples the interval is NaN, so that no target compares as met by it.
     """
@@ -48,9 +55,17 @@ def median_estimate(samples: Sequence[float], seed: int) -> Estimate:
     return _bootstrap([samples], lambda drawn: np.median(drawn[0], axis=1), seed)
 
 
-def mean_estimate(samples: Sequence[float], seed: int) -> Estimate:
-    """The mean of independent samples, such as one ratio per start of the servers."""
-    return _bootstrap([samples], lambda drawn: drawn[0].mean(axis=1), seed)
+def mean_estimate(samples: Sequence[float]) -> Estimate:
+    """The mean of independent samples, such as one ratio per start of the servers, with Student's interval.
+
+    Of few samples the bootstrap's is too narrow: of seven by a quarter.
+    """
+    count = len(samples)
+    mean = statistics.fmean(samples) if samples else float("nan")
+    if count < _FEWEST:
+        return Estimate(mean, float("nan"), float("nan"), count)
+    half = _T95[min(count - 1, len(_T95)) - 1] * statistics.stdev(samples) / math.sqrt(count)
+    return Estimate(mean, mean - half, mean + half, count)
 
 
 def percentile_ratio(over: Sequence[float], under: Sequence[float], share: float, seed: int) -> Estimate:

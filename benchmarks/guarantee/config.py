@@ -54,7 +54,7 @@ class Config:
     pace_s: float = 26.0
     fixed_s: float = 5.0
 
-    starts: int = 16
+    starts: int = 10
     """Of both servers, for total and lone. Starts differ by about 1 %, which more pairs of one start cannot
     average out."""
     pairs: int = 3

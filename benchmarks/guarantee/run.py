@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.guarantee import isolation, pace, returning, shares, step_time, suites, totals
-from benchmarks.guarantee.bench import Bench, Part, Row, Rows
+from benchmarks.guarantee.bench import Bench, NothingServedError, Part, Row, Rows
 from benchmarks.guarantee.config import Config
 from benchmarks.report import Check, Result, instrument_notes
 from benchmarks.seats import write_entitlements
-from benchmarks.servers import Engine, Progress, plain_vllm, running, seat_node
+from benchmarks.servers import Engine, Progress, ServerStartError, plain_vllm, running, seat_node
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +35,7 @@ ROWS: dict[str, Row] = {
 }
 _OTHERS = 0.15
 """Cores in use by others that are no longer the machine's own housekeeping."""
-_START_S = 45.0
+_START_S = 30.0
 """About how long both servers take to load the demo model on two cores."""
 
 Session = list[Row]
@@ -63,30 +64,49 @@ def expected_s(config: Config, left: list[Session] | None = None) -> float:
 
 
 def run(config: Config, progress: Progress, scenario: str = "guarantee") -> Result:
-    """Measure every chosen row. Raises ServerStartError when a server does not start."""
+    """Measure every chosen row. Once one is measured, the result of what there is comes back whatever happens
+    to the rest, even on Ctrl-C, with a target missed that says so.
+
+    Raises ServerStartError when a server does not start, NothingServedError when one serves nothing.
+    """
     left = sessions(config)
+    starts = len(left)
     countdown = _Countdown(progress, expected_s(config))
     rows: Rows = []
-    for start in range(1, len(left) + 1):
-        countdown.expect(expected_s(config, left))
-        countdown.say(f"start {start} of {start + len(left) - 1}")
-        session = left.pop(0)
-        for number, measured in enumerate(_measure(config, session, countdown), 1):
-            countdown.expect(sum(row.seconds(config) for row in session[number:]) + expected_s(config, left))
-            rows += [{**row, "start": start} for row in measured]
-            # What is there already outlives whatever happens to the rest.
-            (config.folder / "rows.json").write_text(json.dumps(rows))
-    return summarize(asdict(config), rows, scenario)
+    try:
+        for start in range(1, starts + 1):
+            countdown.expect(expected_s(config, left))
+            countdown.say(f"start {start} of {starts}")
+            session = left.pop(0)
+            logs = config.folder / f"start-{start}"
+            for number, measured in enumerate(_measure(config, session, logs, countdown), 1):
+                unmeasured_s = sum(row.seconds(config) for row in session[number:])
+                countdown.expect(unmeasured_s + expected_s(config, left))
+                rows += [{**row, "start": start} for row in measured]
+                # Even if this process is killed.
+                (config.folder / "rows.json").write_text(json.dumps(rows))
+    except (KeyboardInterrupt, ServerStartError, NothingServedError) as end:
+        if not rows:
+            raise
+        why = str(end) or "interrupted"
+        countdown.say(why)
+        # What else it says is the end of a log.
+        ended = f"ended in start {start} of {starts}: {why.splitlines()[0]}"
+    else:
+        ended = ""
+    result = summarize(asdict(config), rows, scenario)
+    return replace(result, checks=(*result.checks, Check("the whole run", ended, False))) if ended else result
 
 
-def _measure(config: Config, session: Session, countdown: _Countdown) -> Iterator[Rows]:
+def _measure(config: Config, session: Session, logs: Path, countdown: _Countdown) -> Iterator[Rows]:
     """Start both servers and measure the session's rows, one after the other."""
+    logs.mkdir(exist_ok=True)
     engine = Engine(config.model, config.max_num_seqs, config.engine_flags, config.eager)
     entitlements = config.folder / "entitlements.json"
     write_entitlements([pace.OWED, pace.CROWD], entitlements, guarantee_tok_s=config.easy_guarantee_tok_s)
     with running(
         [plain_vllm(engine), seat_node(engine, entitlements)],
-        config.folder,
+        logs,
         countdown.say,
         config.start_timeout_s,
         together=config.start_together,

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from benchmarks.estimates import median_estimate, percentile, percentile_ratio
+from benchmarks.estimates import mean_estimate, median_estimate, percentile, percentile_ratio
 from benchmarks.fairness import pair_ratios, weighted_ratio
 from benchmarks.load import Phase, RequestRecord, Served
 
@@ -33,6 +33,21 @@ def test_two_samples_give_no_interval_that_could_meet_a_target() -> None:
     assert estimate.value == 1.0
     assert not estimate.low >= 0.97
     assert "too few" in str(estimate)
+
+
+def test_the_interval_of_a_mean_is_students() -> None:
+    estimate = mean_estimate([1.0, 2.0, 3.0, 4.0, 5.0])
+    # t of 4 degrees of freedom is 2.776, the standard error sqrt(2.5 / 5).
+    assert (estimate.low, estimate.value, estimate.high) == pytest.approx((1.037, 3.0, 4.963), abs=1e-3)
+    assert mean_estimate([1.0, 2.0, 3.0]).low == pytest.approx(2.0 - 4.303 / math.sqrt(3), abs=1e-3)
+    # From 31 samples on that of 31.
+    assert mean_estimate([0.0, 1.0] * 50).high == pytest.approx(0.5 + 2.042 * 0.050252, abs=1e-4)
+
+
+def test_the_mean_of_two_samples_has_no_interval() -> None:
+    assert mean_estimate([1.0, 1.0]).value == 1.0
+    assert not mean_estimate([1.0, 1.0]).low >= 0.97
+    assert math.isnan(mean_estimate([]).value)
 
 
 def test_same_seed_gives_the_same_interval() -> None:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from benchmarks import gpu, guarantee, main
 from benchmarks.estimates import percentile_gap, share_estimate
 from benchmarks.guarantee import isolation, pace, returning, shares, step_time, suites, totals
-from benchmarks.guarantee.bench import LedgerReading, NothingServedError, Rows, some
+from benchmarks.guarantee.bench import Bench, LedgerReading, NothingServedError, Row, Rows, some
 from benchmarks.guarantee.config import Config
 from benchmarks.guarantee.counters import Histogram, counter
 from benchmarks.guarantee.run import expected_s, sessions
 from benchmarks.guarantee.windows import attained_by_reading, delivered_by_window
 from benchmarks.load import RequestRecord, Sample, Served
 from benchmarks.report import PLAIN, SEATS, write
+from benchmarks.servers import ServerStartError
 
 _CONFIG = asdict(Config("model", Path()))
 _CLEAN = {
@@ -205,6 +207,66 @@ def test_of_several_starts_each_is_one_sample() -> None:
     # Sixteen ratios as good as independent of each other would say more than four starts can.
     spread = max(means) - min(means)
     assert figures["total_over_plain"]["high"] - figures["total_over_plain"]["low"] > 0.5 * spread
+
+
+def test_each_server_meets_the_load_before_a_chain_is_measured() -> None:
+    phases: list[str] = []
+
+    def phase(server: SimpleNamespace, *_: Any, **__: Any) -> tuple[None, dict[str, Any]]:
+        phases.append(server.launch.name)
+        return None, {"nth": len(phases)}
+
+    plain, seats = (SimpleNamespace(launch=SimpleNamespace(name=name)) for name in (PLAIN, SEATS))
+    bench = SimpleNamespace(
+        config=Config("model", Path(), pairs=2),
+        plain=plain,
+        seats=seats,
+        servers=(plain, seats),
+        progress=lambda _: None,
+        sell=lambda *_: None,
+        crowd=lambda *_: None,
+        phase=phase,
+    )
+    rows = totals.LONE_ROW.measure(cast(Bench, bench))
+    assert phases == [PLAIN, SEATS, PLAIN, SEATS, PLAIN, SEATS, PLAIN] * 2
+    assert [row["nth"] for row in rows] == [3, 4, 5, 6, 7, 10, 11, 12, 13, 14]
+
+
+@pytest.mark.parametrize(
+    ("end", "why"),
+    [
+        (KeyboardInterrupt(), "interrupted"),
+        (ServerStartError("with seats ended with status 1; the end of its log:\nOSError"), "with status 1"),
+        (NothingServedError("a server produced nothing"), "nothing"),
+    ],
+)
+def test_a_run_that_ends_early_keeps_what_was_measured_and_says_so(
+    end: BaseException, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: Iterator[Rows | BaseException] = iter(
+        [_chain_rows("total", 1080.0), _chain_rows("lone", 1080.0), end]
+    )
+
+    def measure(_config: Config, session: list[Row], *_: Any) -> Iterator[Rows]:
+        for _row in session:
+            rows = next(measured)
+            if isinstance(rows, BaseException):
+                raise rows
+            yield rows
+
+    monkeypatch.setitem(guarantee.run.__globals__, "_measure", measure)
+    config = Config("model", tmp_path, only=("total", "lone"), starts=3)
+    said: list[str] = []
+    result = guarantee.run(config, said.append)
+    assert result.figures.keys() == {"total", "lone"}
+    assert all(check.met for check in result.checks[:-1])
+    assert not result.checks[-1].met
+    assert "start 2 of 3" in result.checks[-1].measured
+    assert why in result.checks[-1].measured and "\n" not in result.checks[-1].measured
+    assert any(str(end) in line for line in said)
+    with pytest.raises(type(end)):
+        measured = iter([end])
+        guarantee.run(config, said.append)
 
 
 def test_only_what_needs_several_starts_is_measured_on_each() -> None:
