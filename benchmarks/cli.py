@@ -35,9 +35,9 @@ examples:
 
 `boosts bench` builds the demo model when no --model is given; `python -m benchmarks` needs one.
 
-Results go to --out: result.json with every row, the table, a picture, the servers' logs. Exit status:
-0 when every target is met, 1 when one is not, 2 when a server did not start or serve, 130 after Ctrl-C.
-A run of guarantee that ends early after its first row writes what it has, with status 1.
+Results go to --out: result.json with every row, the table, a picture, the servers' logs; guarantee writes
+the first two anew after each row, so that a run that ends early leaves them. Exit status: 0 when every
+target is met, 1 when one is not, 2 when a server did not start or serve, 130 after Ctrl-C.
 """
 
 Ran = tuple[report.Result, Callable[[report.Result, Figure], None]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -10,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.guarantee import isolation, pace, returning, shares, step_time, suites, totals
-from benchmarks.guarantee.bench import Bench, NothingServedError, Part, Row, Rows
+from benchmarks.guarantee.bench import Bench, Part, Row, Rows
 from benchmarks.guarantee.config import Config
-from benchmarks.report import Check, Result, instrument_notes
+from benchmarks.report import Check, Result, instrument_notes, write_text
 from benchmarks.seats import write_entitlements
-from benchmarks.servers import Engine, Progress, ServerStartError, plain_vllm, running, seat_node
+from benchmarks.servers import Engine, Progress, plain_vllm, running, seat_node
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,38 +63,29 @@ def expected_s(config: Config, left: list[Session] | None = None) -> float:
 
 
 def run(config: Config, progress: Progress, scenario: str = "guarantee") -> Result:
-    """Measure every chosen row. Once one is measured, the result of what there is comes back whatever happens
-    to the rest, even on Ctrl-C, with a target missed that says so.
+    """Measure every chosen row.
 
-    Raises ServerStartError when a server does not start, NothingServedError when one serves nothing.
+    After each of them what there is by then is written to the folder, with a target missed that says so: a
+    run that ends early leaves that. Raises ServerStartError when a server does not start, NothingServedError
+    when one serves nothing.
     """
     left = sessions(config)
     starts = len(left)
-    countdown = _Countdown(progress, expected_s(config))
+    countdown = _Countdown(progress)
     rows: Rows = []
-    try:
-        for start in range(1, starts + 1):
-            countdown.expect(expected_s(config, left))
-            countdown.say(f"start {start} of {starts}")
-            session = left.pop(0)
-            logs = config.folder / f"start-{start}"
-            for number, measured in enumerate(_measure(config, session, logs, countdown), 1):
-                unmeasured_s = sum(row.seconds(config) for row in session[number:])
-                countdown.expect(unmeasured_s + expected_s(config, left))
-                rows += [{**row, "start": start} for row in measured]
-                # Even if this process is killed.
-                (config.folder / "rows.json").write_text(json.dumps(rows))
-    except (KeyboardInterrupt, ServerStartError, NothingServedError) as end:
-        if not rows:
-            raise
-        why = str(end) or "interrupted"
-        countdown.say(why)
-        # What else it says is the end of a log.
-        ended = f"ended in start {start} of {starts}: {why.splitlines()[0]}"
-    else:
-        ended = ""
-    result = summarize(asdict(config), rows, scenario)
-    return replace(result, checks=(*result.checks, Check("the whole run", ended, False))) if ended else result
+    for start in range(1, starts + 1):
+        countdown.expect(expected_s(config, left))
+        countdown.say(f"start {start} of {starts}")
+        session = left.pop(0)
+        logs = config.folder / f"start-{start}"
+        for number, measured in enumerate(_measure(config, session, logs, countdown), 1):
+            countdown.expect(sum(row.seconds(config) for row in session[number:]) + expected_s(config, left))
+            rows += [{**row, "start": start} for row in measured]
+            until_now = f"up to {session[number - 1].name} in start {start} of {starts}"
+            so_far = summarize(asdict(config), rows, scenario)
+            checks = (*so_far.checks, Check("every row", until_now, False))
+            write_text(replace(so_far, checks=checks), config.folder)
+    return summarize(asdict(config), rows, scenario)
 
 
 def _measure(config: Config, session: Session, logs: Path, countdown: _Countdown) -> Iterator[Rows]:
@@ -182,9 +172,9 @@ def plot(result: Result, figure: Figure) -> None:
 class _Countdown:
     """Progress lines that end with what is left of the expected time."""
 
-    def __init__(self, progress: Progress, expected_s: float) -> None:
+    def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self.expect(expected_s)
+        self.expect(0.0)
 
     def expect(self, seconds: float) -> None:
         """From now on, so much is left."""

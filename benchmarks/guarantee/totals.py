@@ -1,13 +1,13 @@
 """Rows *total* and *lone*: where no pace is in danger, the machine's total is plain vLLM's.
 
 Each is a chain of phases plain, ours, plain, ours, ..., plain. Each of ours gives one ratio against the
-mean of its two neighbours; neighbouring plain phases against each other are the control, over twice the
-distance in time and so rather too wide than too narrow. All phases of a chain send the same requests; each
-server has served them once before the first is measured, for whoever meets a load anew is slower by some 2 %.
+mean of its two neighbours; neighbouring plain phases against each other are the control. It shows how steady
+one process is within a chain, and not how processes differ. All phases of a chain send the same requests; the
+first two, in which the servers meet that load, are kept and not counted: in the beginning most are slower.
 
 A chain is measured on each of several starts of both servers, and the figure is the mean over the starts:
-its interval says what another start would bring. Of a single start it is the mean of the chain's ratios,
-and the interval holds for these two processes alone.
+its interval says what another start would bring. Where a run has a single start it is the mean of the chain's
+ratios, and the interval holds for these two processes alone.
 """
 
 from __future__ import annotations
@@ -33,28 +33,29 @@ IDLE = tuple(Seat(f"idle-{number}") for number in range(1, 5))
 """Sold, and using nothing: a node must be ready for them at no cost to the one who is there."""
 TOTAL_TARGET, LONE_TARGET = 0.97, 0.98
 
-_STEADY = 0.1
+_UNCOUNTED = 2
+"""Phases at the begin of a chain."""
+_STEADY = 0.04
 """Widest interval of the control with which the figure means something."""
 
 Clients = Callable[[Server, str], list[Client]]
 
 
+def _links(config: Config) -> int:
+    return _UNCOUNTED + 2 * config.pairs + 1
+
+
 def _chain_seconds(config: Config) -> float:
-    return (2 * config.pairs + 3) * (config.pair_warm_s + config.pair_s)
+    return _links(config) * (config.pair_warm_s + config.pair_s)
 
 
 def _chain(bench: Bench, row: str, case: str, clients: Clients) -> Rows:
-    """Plain, ours, plain, ..., plain, numbered from 0 by `link`."""
+    """Plain, ours, plain, ..., plain, numbered by `link`; those that count from 0 on."""
     config = bench.config
     rows = []
-    for server in bench.servers:
-        bench.progress(f"{row}: {server.launch.name} meets {case}")
-        bench.phase(
-            server, clients(server, f"{row}/{case}"), window_s=config.pair_s, warm_s=config.pair_warm_s
-        )
-    for link in range(2 * config.pairs + 1):
+    for link in range(-_UNCOUNTED, 2 * config.pairs + 1):
         server = bench.seats if link % 2 else bench.plain
-        tell(bench, row, link + 1, 2 * config.pairs + 1, f"{server.launch.name}, {case}")
+        tell(bench, row, link + 1 + _UNCOUNTED, _links(config), f"{server.launch.name}, {case}")
         _, common = bench.phase(
             server,
             clients(server, f"{row}/{case}"),
@@ -86,8 +87,8 @@ def _measure_total(bench: Bench) -> Rows:
     return _chain(bench, "total", f"a seat and a crowd of {config.noisy_streams}", clients)
 
 
-def _summarize_total(_config: dict[str, Any], rows: Rows) -> Part:
-    return _summary(rows, TOTAL_TARGET, "total: no pace in danger,")
+def _summarize_total(config: dict[str, Any], rows: Rows) -> Part:
+    return _summary(config, rows, TOTAL_TARGET, "total: no pace in danger,")
 
 
 # --- a lone seat --------------------------------------------------------------------------------------
@@ -117,8 +118,8 @@ def _lone_cases(config: Config) -> dict[str, int]:
     }
 
 
-def _summarize_lone(_config: dict[str, Any], rows: Rows) -> Part:
-    return _summary(rows, LONE_TARGET, "lone seat:")
+def _summarize_lone(config: dict[str, Any], rows: Rows) -> Part:
+    return _summary(config, rows, LONE_TARGET, "lone seat:")
 
 
 # --- what both make of their rows ---------------------------------------------------------------------
@@ -134,30 +135,36 @@ def link_ratios(rows: Rows) -> tuple[list[float], list[float]]:
     )
 
 
-def _by_start(rows: Rows) -> tuple[list[list[float]], list[list[float]]]:
-    """The ratios, and the controls, of each start's chain that has any."""
+def _by_start(rows: Rows) -> list[tuple[list[float], list[float]]]:
+    """The ratios and the controls of each start's chain that has any."""
     starts = dict.fromkeys(row["start"] for row in rows)
     chains = [link_ratios([row for row in rows if row["start"] == start]) for start in starts]
-    return [ratios for ratios, _ in chains if ratios], [controls for _, controls in chains if controls]
+    return [chain for chain in chains if chain[0]]
 
 
-def _samples(chains: Sequence[list[float]]) -> list[float]:
-    """The mean of each start; of a single one its chain."""
-    return chains[0] if len(chains) == 1 else [statistics.fmean(chain) for chain in chains]
+def _samples(chains: Sequence[list[float]], starts: int) -> list[float]:
+    """The mean of each start's chain; of a run with a single start, the chain."""
+    return list(*chains) if starts == 1 else [statistics.fmean(chain) for chain in chains]
 
 
-def _summary(rows: Rows, target: float, about: str) -> Part:
+def _summary(config: dict[str, Any], rows: Rows, target: float, about: str) -> Part:
     figures: dict[str, Any] = {}
     lines, checks, notes = [], [], []
     for case in dict.fromkeys(row["case"] for row in rows):
-        of_case = [row for row in rows if row["case"] == case]
-        ratios, controls = _by_start(of_case)
-        ours, control = mean_estimate(_samples(ratios)), mean_estimate(_samples(controls))
+        whole = [row for row in rows if row["case"] == case]
+        of_case = [row for row in whole if row["link"] >= 0]
+        chains = _by_start(of_case)
+        ratios, controls = [chain for chain, _ in chains], [chain for _, chain in chains]
+        samples, control_samples = (_samples(each, config["starts"]) for each in (ratios, controls))
+        ours, control = mean_estimate(samples), mean_estimate(control_samples)
         figures[case] = {
             "total_over_plain": asdict(ours),
             "plain_over_plain": asdict(control),
             "ratios": ratios,
             "controls": controls,
+            "samples": samples,
+            "control_samples": control_samples,
+            "uncounted": [first for first, _ in _by_start([row for row in whole if row["link"] <= 0])],
         }
         lines.append(_line(case, len(ratios), ours, control, of_case))
         checks.append(
@@ -189,13 +196,13 @@ def _line(case: str, starts: int, ours: Estimate, control: Estimate, rows: Rows)
 
 def _plot(target: float, title: str) -> Callable[[Axes, Rows, Part], None]:
     def plot(axes: Axes, _rows: Rows, part: Part) -> None:
-        """One point per start, or per pair of a single one, with the control beside it."""
+        """A point per start, or per pair of a single one, with the control beside it."""
         for place, figures in enumerate(part.figures.values()):
             for offset, key, color, name in (
-                (-0.12, "ratios", COLORS[SEATS], "ours / plain"),
-                (0.12, "controls", COLORS[PLAIN], "plain / plain (control)"),
+                (-0.12, "samples", COLORS[SEATS], "ours / plain"),
+                (0.12, "control_samples", COLORS[PLAIN], "plain / plain (control)"),
             ):
-                ratios = _samples(figures[key])
+                ratios = figures[key]
                 places = [place + offset] * len(ratios)
                 axes.plot(places, ratios, "o", color=color, alpha=0.5, label=None if place else name)
         axes.axhline(target, color="red", linestyle="--", label=f"target {target:.2f}")
