@@ -96,7 +96,10 @@ def write_text(result: Result, folder: Path) -> list[Path]:
     content = {**asdict(result), "environment": environment()}
     content["config"] = {name: _elsewhere(value) for name, value in result.config.items()}
     # JSON has neither NaN, the interval of too few samples, nor the infinity that ends a histogram: null.
-    data.write_bytes(TypeAdapter(dict[str, Any]).dump_json(content, indent=1, fallback=str))
+    beside = data.with_suffix(".new")
+    beside.write_bytes(TypeAdapter(dict[str, Any]).dump_json(content, indent=1, fallback=str))
+    # Whole or not at all: it may be all that is left of a long run that is being killed.
+    beside.replace(data)
     table = folder / "table.txt"
     table.write_text(f"{result}\n")
     return [data, table]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,8 @@ _START_S = 30.0
 
 Session = list[Row]
 """The rows that are measured on one pair of freshly started servers."""
+Measure = Callable[[Config, Session, Path, Progress], Iterator[Rows]]
+"""Measures a session's rows, one after the other; the path is a folder for the servers' logs."""
 
 
 def chosen(config: Config) -> list[Row]:
@@ -62,8 +64,29 @@ def expected_s(config: Config, left: list[Session] | None = None) -> float:
     )
 
 
-def run(config: Config, progress: Progress, scenario: str = "guarantee") -> Result:
-    """Measure every chosen row.
+def _measure(config: Config, session: Session, logs: Path, progress: Progress) -> Iterator[Rows]:
+    """Start both servers and measure the session's rows, one after the other."""
+    logs.mkdir(exist_ok=True)
+    engine = Engine(config.model, config.max_num_seqs, config.engine_flags, config.eager)
+    entitlements = config.folder / "entitlements.json"
+    write_entitlements([pace.OWED, pace.CROWD], entitlements, guarantee_tok_s=config.easy_guarantee_tok_s)
+    with running(
+        [plain_vllm(engine), seat_node(engine, entitlements)],
+        logs,
+        progress,
+        config.start_timeout_s,
+        together=config.start_together,
+    ) as (plain, seats):
+        bench = Bench(config, plain, seats, entitlements, progress)
+        _warm_up(bench)
+        for row in session:
+            yield row.measure(bench)
+
+
+def run(
+    config: Config, progress: Progress, scenario: str = "guarantee", measure: Measure = _measure
+) -> Result:
+    """Measure every chosen row, a session at a time by `measure`.
 
     After each of them what there is by then is written to the folder, with a target missed that says so: a
     run that ends early leaves that. Raises ServerStartError when a server does not start, NothingServedError
@@ -78,7 +101,7 @@ def run(config: Config, progress: Progress, scenario: str = "guarantee") -> Resu
         countdown.say(f"start {start} of {starts}")
         session = left.pop(0)
         logs = config.folder / f"start-{start}"
-        for number, measured in enumerate(_measure(config, session, logs, countdown), 1):
+        for number, measured in enumerate(measure(config, session, logs, countdown.say), 1):
             countdown.expect(sum(row.seconds(config) for row in session[number:]) + expected_s(config, left))
             rows += [{**row, "start": start} for row in measured]
             until_now = f"up to {session[number - 1].name} in start {start} of {starts}"
@@ -86,25 +109,6 @@ def run(config: Config, progress: Progress, scenario: str = "guarantee") -> Resu
             checks = (*so_far.checks, Check("every row", until_now, False))
             write_text(replace(so_far, checks=checks), config.folder)
     return summarize(asdict(config), rows, scenario)
-
-
-def _measure(config: Config, session: Session, logs: Path, countdown: _Countdown) -> Iterator[Rows]:
-    """Start both servers and measure the session's rows, one after the other."""
-    logs.mkdir(exist_ok=True)
-    engine = Engine(config.model, config.max_num_seqs, config.engine_flags, config.eager)
-    entitlements = config.folder / "entitlements.json"
-    write_entitlements([pace.OWED, pace.CROWD], entitlements, guarantee_tok_s=config.easy_guarantee_tok_s)
-    with running(
-        [plain_vllm(engine), seat_node(engine, entitlements)],
-        logs,
-        countdown.say,
-        config.start_timeout_s,
-        together=config.start_together,
-    ) as (plain, seats):
-        bench = Bench(config, plain, seats, entitlements, countdown.say)
-        _warm_up(bench)
-        for row in session:
-            yield row.measure(bench)
 
 
 def _warm_up(bench: Bench) -> None:

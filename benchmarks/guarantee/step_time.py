@@ -24,7 +24,7 @@ OWED, CROWD = Seat("owed"), Seat("crowd")
 EASY, TIGHT = "no pace in danger", "a pace in danger"
 TARGET_US = 100.0
 METRIC = "boosts_step_scheduler_seconds"
-_START_S = 45.0
+_START_S = 30.0
 
 
 def seconds(config: Config) -> float:

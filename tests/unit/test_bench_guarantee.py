@@ -220,7 +220,6 @@ def test_each_server_meets_the_load_before_a_chain_is_measured() -> None:
         config=Config("model", Path(), pairs=2),
         plain=plain,
         seats=seats,
-        servers=(plain, seats),
         progress=lambda _: None,
         sell=lambda *_: None,
         crowd=lambda _server, *load: load,
@@ -236,9 +235,7 @@ def test_each_server_meets_the_load_before_a_chain_is_measured() -> None:
     assert [f"{first['controls'][0][0]:.3f}", f"{second['controls'][0][0]:.3f}"] == ["1.667", "1.200"]
 
 
-def test_a_run_that_ends_early_leaves_what_was_measured_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_ends_early_leaves_what_was_measured_and_says_so(tmp_path: Path) -> None:
     left = iter([_chain_rows("total", 1080.0), _chain_rows("lone", 1080.0), _chain_rows("total", 1080.0)])
 
     def measure(_config: Config, session: list[Row], *_: Any) -> Iterator[Rows]:
@@ -248,10 +245,9 @@ def test_a_run_that_ends_early_leaves_what_was_measured_and_says_so(
             except StopIteration:
                 raise KeyboardInterrupt from None
 
-    monkeypatch.setitem(guarantee.run.__globals__, "_measure", measure)
     config = Config("model", tmp_path, only=("total", "lone"), starts=3)
     with pytest.raises(KeyboardInterrupt):
-        guarantee.run(config, lambda _: None)
+        guarantee.run(config, lambda _: None, measure=measure)
     table = (tmp_path / "table.txt").read_text()
     assert "NOT MET  every row: up to total in start 2 of 3" in table
     result = json.loads((tmp_path / "result.json").read_text())
@@ -260,16 +256,36 @@ def test_a_run_that_ends_early_leaves_what_was_measured_and_says_so(
     assert [check["met"] for check in result["checks"]] == [False, False, True, False]
 
 
-def test_a_whole_run_says_nothing_of_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_run_says_nothing_of_an_end(tmp_path: Path) -> None:
     def measure(_config: Config, session: list[Row], *_: Any) -> Iterator[Rows]:
         return (_chain_rows(row.name, 1080.0) for row in session)
 
-    monkeypatch.setitem(guarantee.run.__globals__, "_measure", measure)
     config = Config("model", tmp_path, only=("total", "lone"), starts=3)
     said: list[str] = []
-    result = guarantee.run(config, said.append)
+    result = guarantee.run(config, said.append, measure=measure)
     assert [check.met for check in result.checks] == [True, True, True]
     assert "start 3 of 3" in said[-1]
+
+
+@pytest.mark.parametrize(
+    ("starts", "drift", "swing", "unsteady"),
+    [
+        (3, 0.002, 0.0, False),
+        (3, 0.010, 0.0, True),
+        # Of two there is no interval, and the check says so.
+        (2, 0.010, 0.0, False),
+        (1, 0.0, 0.02, False),
+        (1, 0.0, 0.05, True),
+    ],
+)
+def test_a_control_too_wide_to_tell_is_named(starts: int, drift: float, swing: float, unsteady: bool) -> None:
+    rows = [
+        {**row, "total_tok_s": 1000.0 * (1 + row["link"] * drift * start + swing * (row["link"] % 4 == 2))}
+        for start in range(1, starts + 1)
+        for row in _chain_rows("lone", 1000.0, start)
+    ]
+    notes = totals.LONE_ROW.summarize({**_CONFIG, "starts": starts}, rows).notes
+    assert ["too unsteady" in note for note in notes] == [True] * unsteady
 
 
 def test_only_what_needs_several_starts_is_measured_on_each() -> None:
