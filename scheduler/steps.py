@@ -264,8 +264,8 @@ class StepPolicy:
         seconds = self.fit.model.seconds(prefill, decodes, kv_tokens)
         surprise_s = self._easy_s
         if self.allowed_s is not None:
-            # The next review will see it; until then no further step may be stretched on the same lead.
-            self.paces.least_lead_s -= max(0.0, seconds - self.allowed_s)
+            # The next review will see it; until then shorter steps make up for one that was stretched.
+            self.paces.least_lead_s = min(0.0, self.paces.least_lead_s + self.allowed_s - seconds)
             # Prompts may fill a step up to what is allowed, or beyond.
             surprise_s = max(surprise_s, self.rules.surprise * seconds)
         self._steps.append(Composed(now, prefill, first_tokens, decodes, kv_tokens, seconds, surprise_s))

@@ -930,6 +930,21 @@ def test_prompts_get_what_the_pace_leaves() -> None:
     assert 100_000 - prompt.prompt_left >= 0.8 * 60 * 300 * 2
 
 
+@pytest.mark.parametrize(("shorter_steps", "whole"), [(1, False), (2, True)])
+def test_shorter_steps_make_up_for_one_that_a_prompt_has_stretched(shorter_steps: int, whole: bool) -> None:
+    """Steps of 4.1 ms where 7.4 keep the pace; with one of these prompts 12.1."""
+    engine = engine_with(150.0, 20)
+    engine.run(1.0)
+    just_reviewed(engine)
+    first = engine.add("first", "free", prompt=400)
+    engine.step()
+    engine.steps(shorter_steps)
+    second = engine.add("second", "free", prompt=400)
+    engine.step()
+    assert first.decoding
+    assert second.decoding == whole
+
+
 def test_prompts_leave_room_for_decodes_that_change_places_in_the_same_step() -> None:
     engine = engine_with(150.0, 120)
     engine.run(1.0)
