@@ -124,6 +124,7 @@ def gpu_config(folder: Path) -> guarantee.Config:
         start_together=False,
         start_timeout_s=240.0,
         warm_s=1.5,
+        warm_tokens=0,
         noisy_streams=256,
         noisy_output=Lengths(128, 384),
         calibration_s=3.0,

@@ -279,6 +279,26 @@ def completion_body(model: str, prompt: Sequence[int], max_tokens: int) -> bytes
     ).encode()
 
 
+async def send_each_length(target: Target, longest: int) -> None:
+    """One prompt of every length from 1 to `longest` tokens, one after the other, for one token each.
+
+    Raises aiohttp.ClientError when one is not answered.
+    """
+    rng = random.Random(longest)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=120)
+    async with aiohttp.ClientSession(timeout=timeout, raise_for_status=True) as session:
+        for length in range(1, longest + 1):
+            body = completion_body(target.model, rng.choices(PROMPT_TOKEN_IDS, k=length), 1)
+            url = f"{target.base_url}/v1/completions"
+            async with session.post(url, data=body, headers=_headers(target)) as answer:
+                await answer.read()
+
+
+def _headers(target: Target) -> dict[str, str]:
+    key = {"authorization": f"Bearer {target.api_key}"} if target.api_key else {}
+    return {"content-type": "application/json", **key}
+
+
 @dataclass(slots=True)
 class _Meter:
     """One client's running totals, and the streams whose output is not in them yet."""
@@ -453,12 +473,8 @@ class _PhaseRun:
     async def _exchange(
         self, target: Target, body: bytes, record: RequestRecord, tail: StreamTail, meter: _Meter
     ) -> None:
-        headers = {"content-type": "application/json"}
-        if target.api_key:
-            headers["authorization"] = f"Bearer {target.api_key}"
-        async with self._session.post(
-            f"{target.base_url}/v1/completions", data=body, headers=headers
-        ) as answer:
+        url = f"{target.base_url}/v1/completions"
+        async with self._session.post(url, data=body, headers=_headers(target)) as answer:
             record.status = answer.status
             record.retry_after_s = _seconds(answer.headers.get("retry-after"))
             if answer.status != 200:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import aiohttp
+
 from benchmarks.guarantee import isolation, pace, returning, shares, step_time, suites, totals
 from benchmarks.guarantee.bench import Bench, Part, Row, Rows
 from benchmarks.guarantee.config import Config
+from benchmarks.load import send_each_length
 from benchmarks.report import Check, Result, instrument_notes, write_text
 from benchmarks.seats import write_entitlements
-from benchmarks.servers import Engine, Progress, plain_vllm, running, seat_node
+from benchmarks.servers import Engine, Progress, ServerStartError, plain_vllm, running, seat_node
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,6 +40,8 @@ _OTHERS = 0.15
 """Cores in use by others that are no longer the machine's own housekeeping."""
 _START_S = 30.0
 """About how long both servers take to load the demo model on two cores."""
+_STEP_S = 0.03
+"""About how long the demo model takes for a prompt of a new length."""
 
 Session = list[Row]
 """The rows that are measured on one pair of freshly started servers."""
@@ -57,7 +63,7 @@ def sessions(config: Config) -> list[Session]:
 
 def expected_s(config: Config, left: list[Session] | None = None) -> float:
     """About how long the run, or what is left of it, takes."""
-    warm_up_s = 2 * (config.warm_s + config.calibration_s)
+    warm_up_s = 2 * (_STEP_S * config.warm_tokens + config.warm_s + config.calibration_s)
     return sum(
         _START_S + warm_up_s + sum(row.seconds(config) for row in session)
         for session in (sessions(config) if left is None else left)
@@ -116,6 +122,12 @@ def _warm_up(bench: Bench) -> None:
     for server in bench.servers:
         bench.progress(f"{server.launch.name}: warming up")
         seat = pace.OWED if server is bench.plain else pace.CROWD
+        try:
+            asyncio.run(send_each_length(bench.target(server, seat), config.warm_tokens))
+        except aiohttp.ClientError as failure:
+            raise ServerStartError(
+                f"{server.launch.name} did not answer while warming up: {failure}"
+            ) from failure
         crowd = bench.crowd(server, seat, config.max_num_seqs, config.noisy_output, "warm")
         bench.phase(server, [crowd], window_s=config.calibration_s)
 

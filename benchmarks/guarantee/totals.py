@@ -2,8 +2,10 @@
 
 Each is a chain of phases plain, ours, plain, ours, ..., plain. Each of ours gives one ratio against the
 mean of its two neighbours; neighbouring plain phases against each other are the control. It shows how steady
-one process is within a chain, and not how processes differ. All phases of a chain send the same requests; the
-first two, in which the servers meet that load, are kept and not counted: in the beginning most are slower.
+one process is within a chain, and not how processes differ. Each phase sends requests of its own: of the same
+again and again plain vLLM, which reads them the same way each time, would meet half of the batch sizes, and
+oneDNN's cache would hold those. The first two, in which the servers meet that load, are kept and not counted:
+in the beginning most are slower.
 
 A chain is measured on each of several starts of both servers, and the figure is the mean over the starts:
 its interval says what another start would bring. Where a run has a single start it is the mean of the chain's
@@ -59,7 +61,7 @@ def _chain(bench: Bench, row: str, case: str, clients: Clients) -> Rows:
         tell(bench, row, link + 1 + _UNCOUNTED, _links(config), f"{server.launch.name}, {case}")
         _, common = bench.phase(
             server,
-            clients(server, f"{row}/{case}"),
+            clients(server, f"{row}/{case}/{link}"),
             window_s=config.pair_s,
             warm_s=config.pair_warm_s,
         )

@@ -208,11 +208,12 @@ def test_of_several_starts_each_is_one_sample() -> None:
     assert figures["total_over_plain"]["high"] - figures["total_over_plain"]["low"] > 0.5 * spread
 
 
-def test_each_server_meets_the_load_before_a_chain_is_measured() -> None:
+def test_each_server_meets_the_load_before_a_chain_of_phases_with_requests_of_their_own() -> None:
     phases: list[Any] = []
 
     def phase(server: SimpleNamespace, clients: list[Any], **times: float) -> tuple[None, dict[str, Any]]:
-        phases.append((server.launch.name, clients, times))
+        ((*load, seed),) = clients
+        phases.append((server.launch.name, seed, load, times))
         return None, {**_CLEAN, "system": server.launch.name, "total_tok_s": 10.0 * len(phases)}
 
     plain, seats = (SimpleNamespace(launch=SimpleNamespace(name=name)) for name in (PLAIN, SEATS))
@@ -226,9 +227,10 @@ def test_each_server_meets_the_load_before_a_chain_is_measured() -> None:
         phase=phase,
     )
     rows = totals.LONE_ROW.measure(cast(Bench, bench))
-    assert [name for name, _, _ in phases] == [PLAIN, SEATS, PLAIN, SEATS, PLAIN, SEATS, PLAIN] * 2
+    assert [name for name, *_ in phases] == [PLAIN, SEATS, PLAIN, SEATS, PLAIN, SEATS, PLAIN] * 2
     for chain in phases[:7], phases[7:]:
-        assert all(phase[1:] == chain[0][1:] for phase in chain)
+        assert all(phase[2:] == chain[0][2:] for phase in chain)
+    assert len({seed for _, seed, *_ in phases}) == len(phases)
     part = totals.LONE_ROW.summarize(_CONFIG, [{**row, "start": 1} for row in rows])
     first, second = part.figures.values()
     assert (first["ratios"], first["uncounted"]) == ([[1.0, 1.0]], [[1.0]])

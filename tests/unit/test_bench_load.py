@@ -10,10 +10,21 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import web
 
-from benchmarks.load import ClosedLoop, Lengths, Paced, Phase, StreamTail, Target, Visits, run_phase
+from benchmarks.load import (
+    ClosedLoop,
+    Lengths,
+    Paced,
+    Phase,
+    StreamTail,
+    Target,
+    Visits,
+    run_phase,
+    send_each_length,
+)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -293,3 +304,25 @@ async def test_requests_that_nobody_awaits_do_not_prolong_the_phase() -> None:
         assert asyncio.get_running_loop().time() - began < 2.0
     assert phase.records
     assert all(record.cut for record in phase.records)
+
+
+async def test_each_length_is_sent_once_and_for_one_token() -> None:
+    asked: list[tuple[int, int]] = []
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        asked.append((len(body["prompt"]), body["max_tokens"]))
+        return await _stream(request)
+
+    async with _server(handler) as target:
+        await send_each_length(target, 5)
+    assert asked == [(length, 1) for length in range(1, 6)]
+
+
+async def test_a_length_that_is_refused_is_no_length_met() -> None:
+    async def handler(_request: web.Request) -> web.StreamResponse:
+        return web.json_response({"error": "too long"}, status=400)
+
+    async with _server(handler) as target:
+        with pytest.raises(aiohttp.ClientResponseError, match="400"):
+            await send_each_length(target, 1)
