@@ -56,7 +56,7 @@ bench: install-dev ## Measure a quiet seat beside a noisy one, on our node and o
 
 compiled: $(COMPILED) ## Build the product as the GPU image has it, with its step policy compiled, into build/
 
-bench-guarantee: compiled ## Measure every promise of the scheduler beside plain vLLM, about 75 minutes
+bench-guarantee: compiled ## Measure every promise of the scheduler beside plain vLLM, about 80 minutes
 	@PYTHONSAFEPATH=1 PYTHONPATH='$(CURDIR)/$(COMPILED)' exec $(BIN)/boosts bench guarantee $(ARGS)
 
 simulate: install-dev ## Run the VTC paper's experiments in simulation, ours beside its policies, about 6 minutes

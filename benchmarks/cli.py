@@ -29,7 +29,7 @@ examples:
   boosts bench fairness --rounds 0 --lone-connections 64
       the same with as many streams as slots
   boosts bench guarantee
-      every promise of the scheduler against a real vLLM, row by row, about 75 minutes
+      every promise of the scheduler against a real vLLM, row by row, about 80 minutes
   boosts bench guarantee --only pace,isolation
       only these rows; --quick shows in a few minutes that they work, and proves nothing
 

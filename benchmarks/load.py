@@ -286,12 +286,14 @@ async def send_each_length(target: Target, longest: int) -> None:
     """
     rng = random.Random(longest)
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=120)
-    async with aiohttp.ClientSession(timeout=timeout, raise_for_status=True) as session:
+    async with aiohttp.ClientSession(timeout=timeout) as session:
         for length in range(1, longest + 1):
             body = completion_body(target.model, rng.choices(PROMPT_TOKEN_IDS, k=length), 1)
             url = f"{target.base_url}/v1/completions"
             async with session.post(url, data=body, headers=_headers(target)) as answer:
-                await answer.read()
+                text = await answer.text()
+                if answer.status != 200:
+                    raise aiohttp.ClientError(f"{length} tokens: HTTP {answer.status} {text[:500]}")
 
 
 def _headers(target: Target) -> dict[str, str]:

@@ -124,7 +124,7 @@ class Bench:
         round_name: str,
         visits: Visits | None = None,
     ) -> ClosedLoop:
-        """A seat with many streams of random lengths; a round's requests are the same on every server."""
+        """Many streams of random lengths; the requests of one `round_name` are the same on every server."""
         return ClosedLoop(
             seat.name,
             self.target(server, seat),

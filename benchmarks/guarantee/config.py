@@ -39,7 +39,7 @@ class Config:
     warm_s: float = 2.0
     warm_tokens: int = 400
     """Both servers first compute steps of every size up to this one: on a CPU, oneDNN generates code for each
-    new one, which costs 3 to 8 ms. More than 72 decodes and two prompts."""
+    new one, which costs 3 to 8 ms. More than 72 decodes and two prompts. A GPU needs none."""
     seed: int = 1
 
     noisy_streams: int = 64
@@ -58,8 +58,7 @@ class Config:
     fixed_s: float = 5.0
 
     starts: int = 10
-    """Of both servers, for total and lone. Starts differ by about 1 %, which more pairs of one start cannot
-    average out."""
+    """Of both servers, for total and lone: one start says nothing of how starts differ."""
     pairs: int = 3
     """On every start."""
     pair_s: float = 4.0

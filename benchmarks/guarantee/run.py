@@ -84,7 +84,7 @@ def _measure(config: Config, session: Session, logs: Path, progress: Progress) -
         together=config.start_together,
     ) as (plain, seats):
         bench = Bench(config, plain, seats, entitlements, progress)
-        _warm_up(bench)
+        warm_up(bench)
         for row in session:
             yield row.measure(bench)
 
@@ -107,7 +107,9 @@ def run(
         countdown.say(f"start {start} of {starts}")
         session = left.pop(0)
         logs = config.folder / f"start-{start}"
-        for number, measured in enumerate(measure(config, session, logs, countdown.say), 1):
+        # Requests of its own: what one set of them favours does not average out over starts that repeat it.
+        own = replace(config, seed=config.seed + start - 1)
+        for number, measured in enumerate(measure(own, session, logs, countdown.say), 1):
             countdown.expect(sum(row.seconds(config) for row in session[number:]) + expected_s(config, left))
             rows += [{**row, "start": start} for row in measured]
             until_now = f"up to {session[number - 1].name} in start {start} of {starts}"
@@ -117,7 +119,8 @@ def run(
     return summarize(asdict(config), rows, scenario)
 
 
-def _warm_up(bench: Bench) -> None:
+def warm_up(bench: Bench) -> None:
+    """Let both servers compute a step of every size and serve a crowd. Raises ServerStartError."""
     config = bench.config
     for server in bench.servers:
         bench.progress(f"{server.launch.name}: warming up")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import aiohttp
 import pytest
 
 from benchmarks import gpu, guarantee, main
@@ -17,10 +19,11 @@ from benchmarks.guarantee import isolation, pace, returning, shares, step_time, 
 from benchmarks.guarantee.bench import Bench, LedgerReading, NothingServedError, Row, Rows, some
 from benchmarks.guarantee.config import Config
 from benchmarks.guarantee.counters import Histogram, counter
-from benchmarks.guarantee.run import expected_s, sessions
+from benchmarks.guarantee.run import expected_s, sessions, warm_up
 from benchmarks.guarantee.windows import attained_by_reading, delivered_by_window
 from benchmarks.load import RequestRecord, Sample, Served
 from benchmarks.report import PLAIN, SEATS, write
+from benchmarks.servers import ServerStartError
 
 _CONFIG = asdict(Config("model", Path(), starts=1))
 _CLEAN = {
@@ -256,6 +259,49 @@ def test_a_run_that_ends_early_leaves_what_was_measured_and_says_so(tmp_path: Pa
     assert [row["start"] for row in result["rows"]] == [1] * 18 + [2] * 9
     # Two of three starts are no reason to believe any of them.
     assert [check["met"] for check in result["checks"]] == [False, False, True, False]
+
+
+def test_each_start_has_requests_of_its_own(tmp_path: Path) -> None:
+    seeds = []
+
+    def measure(config: Config, session: list[Row], *_: Any) -> Iterator[Rows]:
+        seeds.append(config.seed)
+        yield from (_chain_rows(row.name, 1080.0) for row in session)
+
+    guarantee.run(Config("model", tmp_path, only=("lone",), starts=3), lambda _: None, measure=measure)
+    assert seeds == [1, 2, 3]
+
+
+@pytest.mark.parametrize("refusing", [None, SEATS])
+def test_both_servers_meet_every_batch_size_before_anything_is_measured(
+    refusing: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, int]] = []
+
+    async def send_each_length(name: str, longest: int) -> None:
+        if name == refusing:
+            raise aiohttp.ClientConnectionError("refused")
+        done.append((name, longest))
+
+    # Not by a dotted name: in the package that one is the function `run`.
+    module = importlib.import_module("benchmarks.guarantee.run")
+    monkeypatch.setattr(module, "send_each_length", send_each_length)
+    plain, seats = (SimpleNamespace(launch=SimpleNamespace(name=name)) for name in (PLAIN, SEATS))
+    bench = SimpleNamespace(
+        config=Config("model", Path(), warm_tokens=7),
+        plain=plain,
+        servers=(plain, seats),
+        progress=lambda _: None,
+        target=lambda server, _seat: server.launch.name,
+        crowd=lambda *_: None,
+        phase=lambda server, *_, **__: done.append((server.launch.name, 0)),
+    )
+    if refusing:
+        with pytest.raises(ServerStartError, match=f"{SEATS} did not answer while warming up: refused"):
+            warm_up(cast(Bench, bench))
+    else:
+        warm_up(cast(Bench, bench))
+        assert done == [(PLAIN, 7), (PLAIN, 0), (SEATS, 7), (SEATS, 0)]
 
 
 def test_a_whole_run_says_nothing_of_an_end(tmp_path: Path) -> None:

@@ -320,9 +320,10 @@ async def test_each_length_is_sent_once_and_for_one_token() -> None:
 
 
 async def test_a_length_that_is_refused_is_no_length_met() -> None:
-    async def handler(_request: web.Request) -> web.StreamResponse:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        assert request.headers["authorization"] == "Bearer key"
         return web.json_response({"error": "too long"}, status=400)
 
     async with _server(handler) as target:
-        with pytest.raises(aiohttp.ClientResponseError, match="400"):
+        with pytest.raises(aiohttp.ClientError, match=r"1 tokens: HTTP 400 .*too long"):
             await send_each_length(target, 1)
