@@ -236,7 +236,7 @@ class Engine:
                 stream for stream in decoding if stream.held and not stream.owed and stream.seat is seat
             }
             quantity = seat.quantity if seat.guarantee_tok_s > 0 else 0
-            oldest = sorted(seat.streams.values(), key=lambda stream: not stream.decoding)[:quantity]
+            oldest = sorted(seat.streams.values(), key=lambda stream: -stream.stage)[:quantity]
             assert [s for s in seat.streams.values() if s.owed] == [
                 s for s in seat.streams.values() if s in oldest
             ]
