@@ -25,7 +25,8 @@ from typing import NoReturn
 
 from benchmarks.capacity_fit import Point, fit, offers, point, prefill_tok_s
 from benchmarks.capacity_report import SHORT_PROMPT, Measured, report, write
-from benchmarks.load import ClosedLoop, Lengths, Phase, Target, run_phase
+from benchmarks.completions import Target
+from benchmarks.load import ClosedLoop, Lengths, Phase, run_phase
 from benchmarks.seats import Seat, write_entitlements
 from benchmarks.servers import SERVED_NAME, Engine, Server, ServerStartError, running, seat_node
 from contract.capacity import DEFAULT_CONTEXT_TOKENS, DEFAULT_MARGIN, NodeCapacity, Promise

@@ -19,8 +19,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.completions import Target
 from benchmarks.estimates import Estimate, median, median_estimate
-from benchmarks.load import ClosedLoop, Lengths, Phase, Target, run_phase
+from benchmarks.load import ClosedLoop, Lengths, Phase, run_phase
 from benchmarks.report import COLORS, PLAIN, SEATS, Check, Result, Table, instrument_notes
 from benchmarks.seats import Seat, write_entitlements
 from benchmarks.servers import SERVED_NAME, Engine, Progress, Server, plain_vllm, running, seat_node

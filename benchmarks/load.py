@@ -1,10 +1,8 @@
 """An asyncio load generator for OpenAI streaming completions.
 
 It often shares the machine with the server that it measures, so it does little per chunk: it notes the
-time and keeps the last kilobytes of the stream. Token counts come from the server's usage, which every
-event carries (`continuous_usage_stats`) and which is read only when a count is wanted: at the ends of the
-measuring window and at the end of a request. Pieces of text are never counted, because tokens of a model
-with random weights can decode to nothing and one event can carry several tokens.
+time and keeps the last kilobytes of the stream. Usage is read only when a count is wanted: at the ends of the
+measuring window and at the end of a request.
 
 Times are seconds since the phase began.
 """
@@ -15,29 +13,20 @@ import asyncio
 import contextlib
 import gc
 import itertools
-import json
 import random
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import aiohttp
 
-PROMPT_TOKEN_IDS = range(100, 1000)
-"""Prompts are random ids from here: past special tokens and inside every vocabulary worth measuring."""
-
-_TAIL_BYTES = 4096
-_COMPLETION_TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)(?=[,}\s])')
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Where a client sends its requests."""
-
-    base_url: str
-    model: str
-    api_key: str = ""
+from benchmarks.completions import (
+    PROMPT_TOKEN_IDS,
+    StreamTail,
+    Target,
+    completion_body,
+    post_completion,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,88 +208,6 @@ class Phase:
         return [r for r in self.records if r.client == client and self.start_s <= r.due_s < self.end_s]
 
 
-class StreamTail:
-    """The last kilobytes of an event stream, from which its newest usage or error can be read.
-
-    Reads may cut events anywhere. An event longer than the tail is not understood.
-    """
-
-    __slots__ = ("_bytes",)
-
-    def __init__(self) -> None:
-        self._bytes = b""
-
-    def feed(self, chunk: bytes) -> None:
-        self._bytes = chunk if len(chunk) >= _TAIL_BYTES else (self._bytes + chunk)[-_TAIL_BYTES:]
-
-    def output_tokens(self) -> int:
-        """Completion tokens by the newest usage seen; 0 before there is one."""
-        found = _COMPLETION_TOKENS.findall(self._bytes)
-        return int(found[-1]) if found else 0
-
-    def has_token(self) -> bool:
-        """Whether a token has come: keep-alive comments and empty events are none."""
-        return any(event.get("choices") for event in self.events())
-
-    def error(self) -> str | None:
-        """The message of the last error event."""
-        errors = [event["error"] for event in self.events() if "error" in event]
-        if not errors:
-            return None
-        return str(errors[-1].get("message", errors[-1])) if isinstance(errors[-1], dict) else str(errors[-1])
-
-    def events(self) -> list[dict[str, Any]]:
-        """Whole JSON events in the tail; its first line may be the end of a cut one and is then left out."""
-        events = []
-        for line in self._bytes.split(b"\n")[:-1]:
-            if not line.startswith(b"data: {"):
-                continue
-            try:
-                event = json.loads(line[6:])
-            except ValueError:
-                continue
-            if isinstance(event, dict):
-                events.append(event)
-        return events
-
-
-def completion_body(model: str, prompt: Sequence[int], max_tokens: int) -> bytes:
-    """A streaming completion of exactly `max_tokens` tokens, greedy, with usage in every event."""
-    return json.dumps(
-        {
-            "model": model,
-            "prompt": list(prompt),
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-        }
-    ).encode()
-
-
-async def send_each_length(target: Target, longest: int) -> None:
-    """One prompt of every length from 1 to `longest` tokens, one after the other, for one token each.
-
-    Raises aiohttp.ClientError when one is not answered.
-    """
-    rng = random.Random(longest)
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=120)
-    async with aiohttp.ClientSession(timeout=timeout) as session:
-        for length in range(1, longest + 1):
-            body = completion_body(target.model, rng.choices(PROMPT_TOKEN_IDS, k=length), 1)
-            url = f"{target.base_url}/v1/completions"
-            async with session.post(url, data=body, headers=_headers(target)) as answer:
-                text = await answer.text()
-                if answer.status != 200:
-                    raise aiohttp.ClientError(f"{length} tokens: HTTP {answer.status} {text[:500]}")
-
-
-def _headers(target: Target) -> dict[str, str]:
-    key = {"authorization": f"Bearer {target.api_key}"} if target.api_key else {}
-    return {"content-type": "application/json", **key}
-
-
 @dataclass(slots=True)
 class _Meter:
     """One client's running totals, and the streams whose output is not in them yet."""
@@ -475,8 +382,7 @@ class _PhaseRun:
     async def _exchange(
         self, target: Target, body: bytes, record: RequestRecord, tail: StreamTail, meter: _Meter
     ) -> None:
-        url = f"{target.base_url}/v1/completions"
-        async with self._session.post(url, data=body, headers=_headers(target)) as answer:
+        async with post_completion(self._session, target, body) as answer:
             record.status = answer.status
             record.retry_after_s = _seconds(answer.headers.get("retry-after"))
             if answer.status != 200:

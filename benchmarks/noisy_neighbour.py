@@ -16,8 +16,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.completions import Target
 from benchmarks.estimates import median, percentile, percentile_ratio
-from benchmarks.load import Client, ClosedLoop, Lengths, Paced, Phase, RequestRecord, Target, run_phase
+from benchmarks.load import Client, ClosedLoop, Lengths, Paced, Phase, RequestRecord, run_phase
 from benchmarks.report import COLORS, PLAIN, SEATS, Check, Result, Table, instrument_notes, label_bars
 from benchmarks.seats import Seat, write_entitlements
 from benchmarks.servers import SERVED_NAME, Engine, Progress, Server, plain_vllm, running, seat_node

@@ -14,8 +14,9 @@ import aiohttp
 import psutil  # type: ignore[import-untyped]
 import uvloop
 
+from benchmarks.completions import Target
 from benchmarks.guarantee.config import Config
-from benchmarks.load import Client, ClosedLoop, Lengths, Phase, Target, Visits, run_phase
+from benchmarks.load import Client, ClosedLoop, Lengths, Phase, Visits, run_phase
 from benchmarks.report import Check, Table
 from benchmarks.seats import Seat, write_entitlements
 from benchmarks.servers import SERVED_NAME, Progress, Server, ServerStartError

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
+from benchmarks.completions import send_each_length
 from benchmarks.guarantee import isolation, pace, returning, shares, step_time, suites, totals
 from benchmarks.guarantee.bench import Bench, Part, Row, Rows
 from benchmarks.guarantee.config import Config
-from benchmarks.load import send_each_length
 from benchmarks.report import Check, Result, instrument_notes, write_text
 from benchmarks.seats import write_entitlements
 from benchmarks.servers import Engine, Progress, ServerStartError, plain_vllm, running, seat_node

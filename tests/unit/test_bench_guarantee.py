@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import json
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import aiohttp
 import pytest
 
 from benchmarks import gpu, guarantee, main
+from benchmarks.completions import Target
 from benchmarks.estimates import percentile_gap, share_estimate
 from benchmarks.guarantee import isolation, pace, returning, shares, step_time, suites, totals
 from benchmarks.guarantee.bench import Bench, LedgerReading, NothingServedError, Row, Rows, some
@@ -272,36 +274,52 @@ def test_each_start_has_requests_of_its_own(tmp_path: Path) -> None:
     assert seeds == [1, 2, 3]
 
 
-@pytest.mark.parametrize("refusing", [None, SEATS])
-def test_both_servers_meet_every_batch_size_before_anything_is_measured(
-    refusing: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@contextmanager
+def _completions(status: int, done: list[tuple[str, int]], name: str) -> Iterator[Target]:
+    """A server that answers each completion with `status` and notes how long its prompt was."""
+
+    class Completions(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            done.append((name, len(body["prompt"])))
+            self.send_response(status)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Completions) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield Target(f"http://127.0.0.1:{server.server_port}", "demo")
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize("seats_status", [200, 503])
+def test_both_servers_meet_every_batch_size_before_anything_is_measured(seats_status: int) -> None:
     done: list[tuple[str, int]] = []
-
-    async def send_each_length(name: str, longest: int) -> None:
-        if name == refusing:
-            raise aiohttp.ClientConnectionError("refused")
-        done.append((name, longest))
-
-    # Not by a dotted name: in the package that one is the function `run`.
-    module = importlib.import_module("benchmarks.guarantee.run")
-    monkeypatch.setattr(module, "send_each_length", send_each_length)
     plain, seats = (SimpleNamespace(launch=SimpleNamespace(name=name)) for name in (PLAIN, SEATS))
-    bench = SimpleNamespace(
-        config=Config("model", Path(), warm_tokens=7),
-        plain=plain,
-        servers=(plain, seats),
-        progress=lambda _: None,
-        target=lambda server, _seat: server.launch.name,
-        crowd=lambda *_: None,
-        phase=lambda server, *_, **__: done.append((server.launch.name, 0)),
-    )
-    if refusing:
-        with pytest.raises(ServerStartError, match=f"{SEATS} did not answer while warming up: refused"):
+    with _completions(200, done, PLAIN) as to_plain, _completions(seats_status, done, SEATS) as to_seats:
+        bench = SimpleNamespace(
+            config=Config("model", Path(), warm_tokens=3),
+            plain=plain,
+            servers=(plain, seats),
+            progress=lambda _: None,
+            target=lambda server, _seat: to_plain if server is plain else to_seats,
+            crowd=lambda *_: None,
+            phase=lambda server, *_, **__: done.append((server.launch.name, 0)),
+        )
+        if seats_status == 200:
             warm_up(cast(Bench, bench))
-    else:
-        warm_up(cast(Bench, bench))
-        assert done == [(PLAIN, 7), (PLAIN, 0), (SEATS, 7), (SEATS, 0)]
+        else:
+            with pytest.raises(ServerStartError, match=r"seats did not answer while warming up: .*HTTP 503"):
+                warm_up(cast(Bench, bench))
+    met = [(PLAIN, 1), (PLAIN, 2), (PLAIN, 3), (PLAIN, 0), (SEATS, 1), (SEATS, 2), (SEATS, 3), (SEATS, 0)]
+    assert done == (met if seats_status == 200 else met[:5])
 
 
 def test_a_whole_run_says_nothing_of_an_end(tmp_path: Path) -> None:

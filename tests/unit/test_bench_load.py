@@ -14,17 +14,8 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from benchmarks.load import (
-    ClosedLoop,
-    Lengths,
-    Paced,
-    Phase,
-    StreamTail,
-    Target,
-    Visits,
-    run_phase,
-    send_each_length,
-)
+from benchmarks.completions import StreamTail, Target, send_each_length
+from benchmarks.load import ClosedLoop, Lengths, Paced, Phase, Visits, run_phase
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
