@@ -17,11 +17,11 @@ def room_for_borrowed(
     prompts: Prompts,
     model: StepTime,
     in_order: Callable[[], Iterator[Stream]],
-) -> tuple[float, int, list[Stream]]:
+) -> tuple[float, int, list[Stream] | None]:
     """How many borrowed decodes may take part without making steps too long for a seat.
 
     Returns the longest step that keeps everybody's pace, in seconds; how many borrowed decodes may take part,
-    where all may how many like them could; and those that may in their order, unless all may anyway.
+    where all may how many like them could; and those that may in their order, None where all may.
 
     `needed`: tokens per second, by seat with owed decodes; at least one. `in_order`: all borrowed decodes, of
     which one more is asked for than fit.
@@ -41,7 +41,7 @@ def room_for_borrowed(
     room_s = allowed_s - prompts_s - model.seconds(0, decodes.count, all_kv_tokens)
     if room_s >= 0.0:
         more = _more(model, decodes.count, all_kv_tokens, room_s)
-        return allowed_s, decodes.count - owed + more, []
+        return allowed_s, decodes.count - owed + more, None
     fitting: list[Stream] = []
     for stream in in_order():
         allowed_s = tightest.allowed_s

@@ -40,7 +40,9 @@ class StepRules:
     stretch: float = 2.0
     most_stretch_s: float = 0.02
     """Prompts may lengthen a step to this many times the pace, but by no more time than this, while nobody
-    is behind."""
+    is behind,"""
+    prompt_lag_s: float = 0.03
+    """or owed ones while nobody is behind by more than this much time of its rate."""
     spare_share: float = 0.125
     """Borrowed sequences of use in the engine beyond those that take part, so that no step goes short
     between an end and the next entry."""

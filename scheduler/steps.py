@@ -338,12 +338,12 @@ class StepPolicy:
         )
         self._limit_borrowed(self._room + max(1, int(self._room * self.rules.spare_share)), now)
 
-    def _hold_beyond(self, room: int, fitting: list[Stream], now: float) -> None:
-        """Let `room` borrowed decodes take part: the first that are `fitting`, or of all if that is empty."""
+    def _hold_beyond(self, room: int, fitting: list[Stream] | None, now: float) -> None:
+        """Let `room` borrowed decodes take part: the first of the `fitting` ones, or of all."""
         self._came.clear()
         if not self.held and self._borrowed_count() <= room:
             return
-        chosen = dict.fromkeys(fitting[:room] or islice(self._in_order(), room))
+        chosen = dict.fromkeys(islice(self._in_order() if fitting is None else fitting, room))
         for stream in chosen:
             if stream.held:
                 self._set_held(stream, False, now)
@@ -384,15 +384,15 @@ class StepPolicy:
         for stream in self.prompts.streams.values():
             stream.seat.overdue += stream.due <= now
 
-    def _fitting(self) -> tuple[float | None, int, list[Stream]]:
+    def _fitting(self) -> tuple[float | None, int, list[Stream] | None]:
         """The longest step that keeps everybody's pace; how many borrowed decodes may take part then; and
-        these in their order, unless all may."""
+        these in their order, None where all may."""
         needed = self.paces.needed
         if not needed:
-            return None, UNLIMITED, []
+            return None, UNLIMITED, None
         if self._lone is not None:
             # All of its sequences bring it tokens: none is held for its own sake.
-            return self._decodes.count / needed[self._lone], UNLIMITED, []
+            return self._decodes.count / needed[self._lone], UNLIMITED, None
         return room_for_borrowed(needed, self._decodes, self.prompts, self.fit.model, self._in_order)
 
     def _bring_to_room(self, now: float) -> None:
@@ -459,7 +459,7 @@ class StepPolicy:
         token_s = max(1e-9, model.prefill_token_s)
         # A lag that owed prompts may cause, borrowed ones may not.
         stretch_s = 0.0
-        if self.paces.least_lead_s >= (-rules.kept_lead_s if owed else 0.0):
+        if self.paces.least_lead_s >= (-rules.prompt_lag_s if owed else 0.0):
             stretch_s = min(rules.most_stretch_s, (rules.stretch - 1.0) * self.allowed_s)
         room_s = self.allowed_s + stretch_s - self._coming_s()
         # What brings owed first tokens in time has precedence over the others' pace.

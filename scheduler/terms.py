@@ -68,7 +68,7 @@ class SeatTerms:
     guarantee_tok_s: float
     """g, output tokens per second for each of `quantity` streams; 0 for none."""
     prefill_tok_s: float
-    """Input tokens per second after which a first token is due."""
+    """Input tokens per second at which each of them reads, so that a first token is due by it."""
     rpm_limit: int
     """Requests per minute, over the whole quantity."""
     tpm_limit: int

@@ -63,7 +63,7 @@ class StepReadings:
     allowed_s: float = 0.0
     """Longest step that keeps everybody's pace; 0 while nobody is owed one."""
     preempted: float = 0.0
-    """Borrowed sequences that lost their slot or KV cache to owed ones."""
+    """Times that a running sequence lost its slot or KV cache."""
     own_s: float = 0.0
     """CPU time spent in the step scheduler, beyond vLLM's own."""
     model_samples: float = 0.0
