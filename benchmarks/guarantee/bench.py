@@ -172,7 +172,8 @@ class Bench:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             run = run_phase(clients, warm_s=warm_s, window_s=window_s, sample_s=sample_s, drain_s=drain_s)
             phase = runner.run(self._watching(server, watched, run))
-        cores = self._used(server).cores_since(used, time.monotonic() - began_s)
+        ran_s = time.monotonic() - began_s
+        cores = self._used(server).cores_since(used, ran_s)
         failed = [
             record
             for record in phase.records
@@ -181,6 +182,7 @@ class Bench:
         return phase, {
             "system": server.launch.name,
             "window_s": phase.window_s,
+            "ran_s": ran_s,
             "total_tok_s": sum(phase.output_tok_s(name) for name in phase.served),
             "errors": len(failed),
             "first_error": failed[0].error if failed else None,

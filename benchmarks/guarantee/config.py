@@ -75,7 +75,7 @@ class Config:
     """Each sends one request a second."""
     quiet_input: Lengths = _BRIEF
     quiet_output: Lengths = _QUIET
-    isolation_rounds: int = 8
+    isolation_rounds: int = 10
     beside_s: float = 25.0
     solo_s: float = 15.0
     flood_times: float = 3.0
@@ -111,7 +111,7 @@ class Config:
         return replace(
             self,
             warm_s=1.0,
-            warm_tokens=100,
+            warm_tokens=min(self.warm_tokens, 100),
             calibration_s=2.0,
             pace_rounds=2,
             pace_s=8.0,

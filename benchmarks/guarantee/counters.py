@@ -52,6 +52,10 @@ class Histogram:
     def mean(self) -> float:
         return self.sum / self.count if self.count else float("nan")
 
+    def share_within(self, edge: float) -> float:
+        """The share of the observations up to that edge, which must be one of its own; NaN of none."""
+        return self.counts[self.edges.index(edge)] / self.count if self.count else float("nan")
+
     def edge_above(self, share: float) -> float:
         """The lowest edge below which at least `share` of the observations are; NaN of none."""
         for edge, count in zip(self.edges, self.counts, strict=True):

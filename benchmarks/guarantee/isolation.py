@@ -9,7 +9,6 @@ counted by vLLM: seconds by engine iterations, while the flood lasts.
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +97,7 @@ def _phase(
     ]
     if condition == BESIDE:
         clients.append(_flood(bench, server, 1 / flood_requests_s, seed))
-    steps, began_s = counter(server.metrics(), ITERATIONS), time.monotonic()
+    steps = counter(server.metrics(), ITERATIONS)
     phase, common = bench.phase(
         server, clients, window_s=window_s, refusable={FLOODER.name}, drain_s=_DRAIN_S
     )
@@ -115,7 +114,7 @@ def _phase(
         "flooder_refused": sum(
             record.status == 503 for record in phase.records if record.client == FLOODER.name
         ),
-        "step_s": (time.monotonic() - began_s) / steps if steps else None,
+        "step_s": common["ran_s"] / steps if steps else None,
         "ttft_s": [s for record in requests if (s := waited_s(record)) is not None],
         "failed": sum(not record.ok for record in requests),
     }

@@ -486,18 +486,25 @@ def test_a_seat_that_never_gets_its_rate_took_longer_than_its_visit() -> None:
     assert returning.full_after_s(parts, 0.5) == 4.5
 
 
+def test_a_burst_is_seen_though_the_whole_visit_has_none() -> None:
+    samples = _samples(lambda at_s: 0.9 if 2.0 < at_s <= 3.0 else 0.3)
+    running = returning.running_shares(samples, 2.0, 6.0, 0.5)
+    assert running[-1] < 0.5
+    assert max(running) == pytest.approx(0.9, abs=0.02)
+
+
 @pytest.mark.parametrize(
-    ("after_s", "visit_share", "met"),
+    ("after_s", "largest_share", "met"),
     [(1.0, 0.49, [True, True]), (2.5, 0.49, [False, True]), (1.0, 0.6, [True, False])],
 )
-def test_return(after_s: float, visit_share: float, met: list[bool]) -> None:
+def test_return(after_s: float, largest_share: float, met: list[bool]) -> None:
     row = {
         **_CLEAN,
         "row": "return",
         "system": SEATS,
         "slices": [0.4, 0.5],
         "full_after_s": after_s,
-        "visit_share": visit_share,
+        "largest_share": largest_share,
     }
     assert [check.met for check in returning.summarize(_CONFIG, [row] * 50).checks] == met
 
@@ -527,6 +534,7 @@ def test_a_histogram_of_a_window_is_the_difference_of_its_ends() -> None:
     whole = Histogram.read(_METRICS, step_time.METRIC)
     assert whole is not None
     assert whole.mean == pytest.approx(40e-6)
+    assert whole.share_within(100e-6) == 0.98
     assert whole.edge_above(0.98) == 0.0001
     assert whole.edge_above(0.99) == float("inf")
     assert (whole - whole).count == 0
@@ -542,6 +550,7 @@ def test_step_time(mean_us: float | None, met: bool) -> None:
         "streams": 256,
         "steps": 1000,
         "mean_us": mean_us,
+        "share_within": 0.99,
         "p99_at_most_us": 200.0,
         "edges_us": [100.0, float("inf")],
         "counts": [990, 1000],
@@ -613,9 +622,9 @@ def test_a_busy_machine_is_named() -> None:
     assert f"1 of {len(rows)} phases, at most 1.20" in note
 
 
-def test_the_whole_run_stays_under_eighty_minutes_and_a_quick_one_under_seven_minutes() -> None:
+def test_the_whole_run_stays_under_ninety_minutes_and_a_quick_one_under_seven_minutes() -> None:
     config = Config("model", Path())
-    assert expected_s(config) < 80 * 60
+    assert expected_s(config) < 90 * 60
     assert expected_s(config.quick()) < 7 * 60
     assert expected_s(replace(config, only=("flood",))) < expected_s(config) / 5
 
