@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -133,7 +132,10 @@ def _is_short(each: Point) -> bool:
 
 
 def write(measured: Measured, folder: Path) -> list[Path]:
-    """capacity.json, the rows behind it, the tables, and where matplotlib is installed the picture."""
+    """capacity.json, the rows behind it, the tables and the picture; returns their paths."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     written = [folder / name for name in ("capacity.json", "measured.json", "table.txt")]
     written[0].write_text(measured.capacity.model_dump_json(indent=2) + "\n")
     rows: dict[str, Any] = {
@@ -143,12 +145,6 @@ def write(measured: Measured, folder: Path) -> list[Path]:
     }
     written[1].write_text(json.dumps(rows, indent=1) + "\n")
     written[2].write_text(report(measured) + "\n")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no picture: matplotlib is not installed", file=sys.stderr)
-        return written
     figure = Figure(figsize=(14, 4.6), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)
     draw(measured, figure)

@@ -159,11 +159,11 @@ def _parser() -> argparse.ArgumentParser:
     _common_options(promises, rounds=False)
     promises.add_argument("--only", type=_rows, metavar="ROW,...", help="measure these rows alone")
     promises.add_argument(
-        "--pace-rounds", type=int, help="of pace; 26 s each on the node (default %(default)s)"
+        "--pace-rounds", type=_count, help="of pace; 26 s each on the node (default %(default)s)"
     )
     promises.add_argument(
         "--starts",
-        type=_count,
+        type=_starts,
         help="of both servers, for total and lone: 1, or 3 and more (default %(default)s)",
     )
     promises.add_argument(
@@ -186,7 +186,11 @@ def _common_options(parser: argparse.ArgumentParser, *, rounds: bool = True) -> 
         parser.add_argument("--rounds", type=int, help="rounds (default %(default)s)")
     parser.add_argument("--max-num-seqs", type=int, help="the engine's slots (default %(default)s)")
     parser.add_argument("--seed", type=int, help="of lengths, pauses, intervals (default %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="one short round, to see that it works")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="few short rounds, whatever is said of them, to see that it works",
+    )
 
 
 def _rows(text: str) -> tuple[str, ...]:
@@ -210,6 +214,13 @@ def _count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _starts(text: str) -> int:
+    value = _count(text)
+    if value == 2:
+        raise argparse.ArgumentTypeError("two starts give no interval; must be 1, or 3 and more")
     return value
 
 

@@ -91,7 +91,7 @@ def write(result: Result, folder: Path, plot: Callable[[Result, Figure], None]) 
 
 
 def write_text(result: Result, folder: Path) -> list[Path]:
-    """Write `result.json` and `table.txt` alone, for machines without matplotlib; returns their paths."""
+    """Write `result.json` and `table.txt` alone, of a run that goes on; returns their paths."""
     data = folder / "result.json"
     content = {**asdict(result), "environment": environment()}
     content["config"] = {name: _elsewhere(value) for name, value in result.config.items()}

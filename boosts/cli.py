@@ -98,7 +98,8 @@ def bench(context: typer.Context) -> None:
     from benchmarks.cli import main as bench_main
 
     arguments = list(context.args)
-    wants_model = bool(arguments) and not {"-h", "--help"} & set(arguments)
+    # The GPU's scenario has its own model.
+    wants_model = arguments[:1] not in ([], ["gpu"]) and not {"-h", "--help"} & set(arguments)
     if wants_model and not any(argument.startswith("--model") for argument in arguments):
         from benchmarks.guarantee import DEMO_WIDTH
         from boosts.demo_model import build_demo_model

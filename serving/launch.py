@@ -102,7 +102,10 @@ class ServeOptions:
 def serve(options: ServeOptions) -> None:
     """Run the node until SIGTERM or SIGINT. Raises LaunchError when it cannot start."""
     if not vllm_version.startswith(VLLM_VERSIONS):
-        raise LaunchError(f"this node extends vLLM {VLLM_VERSIONS}x, and {vllm_version} is installed")
+        raise LaunchError(
+            f"this node extends vLLM {VLLM_VERSIONS}x, and {vllm_version} is installed; install the version "
+            "that requirements/ locks"
+        )
     file = EntitlementsFile(options.entitlements)
     try:
         file.load()

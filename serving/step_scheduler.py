@@ -54,11 +54,6 @@ class SeatScheduler(AsyncScheduler):
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         refuse_unknown(vllm_config)
         super().__init__(vllm_config, *args, **kwargs)
-        if self.need_mamba_block_aligned_split:
-            raise ValueError(
-                "the step scheduler cannot limit prompts that are read by whole blocks only, as Mamba layers "
-                "have it with prefix caching; add --no-enable-prefix-caching"
-            )
         self._table = StepTable.open(Path(os.environ[ENVIRONMENT]))
         seed, samples = self._table.seed()
         self._step_engine = _StepEngine(self)
@@ -341,7 +336,10 @@ def _put_first_tokens_first(outputs: list[EngineCoreOutput], count: int) -> None
 def refuse_unknown(config: VllmConfig) -> None:
     """Raise ValueError, saying why, for what this file was not written for."""
     if not vllm_version.startswith(VLLM_VERSIONS):
-        raise ValueError(f"the step scheduler extends vLLM {VLLM_VERSIONS}x, not {vllm_version}")
+        raise ValueError(
+            f"the step scheduler extends vLLM {VLLM_VERSIONS}x, not {vllm_version}; install the version that "
+            "requirements/ locks"
+        )
     parallel = config.parallel_config
     if parallel.pipeline_parallel_size > 1 or parallel.data_parallel_size > 1:
         raise ValueError(
@@ -353,5 +351,10 @@ def refuse_unknown(config: VllmConfig) -> None:
         )
     if not config.scheduler_config.enable_chunked_prefill:
         raise ValueError("the step scheduler limits prompts per step; leave --enable-chunked-prefill on")
+    if config.cache_config.mamba_cache_mode == "align":
+        raise ValueError(
+            "the step scheduler cannot limit prompts that are read by whole blocks only, as Mamba layers "
+            "have it with prefix caching; add --no-enable-prefix-caching"
+        )
     if config.lora_config is not None or config.kv_transfer_config is not None:
         raise ValueError("the step scheduler knows neither LoRA adapters nor KV connectors; leave them out")

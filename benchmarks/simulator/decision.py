@@ -10,16 +10,18 @@ from scheduler import Admission, Ask, Capacity, SeatTerms
 SEATS = 1_000
 QUEUED_PER_SEAT = 10
 SLOTS = 256
+GUARANTEES = {"owed": 50.0, "borrowed": 0.0}
+"""What each seat is guaranteed, tokens per second, by which stage then finds the next request."""
 _UNLIMITED = 1_000_000_000
 
 
-def decision_times(decisions: int) -> list[float]:
+def decision_times(decisions: int, guarantee_tok_s: float) -> list[float]:
     """Seconds of each decision, in ascending order: a request ends, and whoever is next enters.
 
     1,000 seats of quantity 1 to 3, each with 10 requests queued; what enters is replaced, so that the queue
     stays at 10,000.
     """
-    admission = _crowded()
+    admission = _crowded(guarantee_tok_s)
     running = admission.dispatch(0.0)
     took = []
     gc.collect()
@@ -39,10 +41,10 @@ def decision_times(decisions: int) -> list[float]:
     return sorted(took)
 
 
-def _crowded() -> Admission:
+def _crowded(guarantee_tok_s: float) -> Admission:
     admission = Admission(Capacity(SLOTS, _UNLIMITED))
     for number in range(SEATS):
-        terms = SeatTerms(f"seat{number}", 1 + number % 3, 50.0, 2_000.0, _UNLIMITED, _UNLIMITED)
+        terms = SeatTerms(f"seat{number}", 1 + number % 3, guarantee_tok_s, 2_000.0, _UNLIMITED, _UNLIMITED)
         admission.open_seat(terms, 0.0)
         admission.submit(terms.seat_id, [_ask(number)] * QUEUED_PER_SEAT, 0.0)
     return admission

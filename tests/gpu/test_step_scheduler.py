@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, guarantee
 from benchmarks.estimates import median
 from benchmarks.guarantee.step_time import TARGET_US
-from benchmarks.report import Result, write_text
+from benchmarks.report import Result, write
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900), pytest.mark.usefixtures("cuda")]
 
@@ -26,7 +26,7 @@ def result(tmp_path_factory: pytest.TempPathFactory, cuda: None) -> Result:
     config = replace(gpu.gpu_config(folder).quick(), pace_rounds=3)
     result = gpu.run(config, print)
     # JSON for whoever ran it: pytest's own folders are soon forgotten.
-    write_text(result, Path(os.environ.get("GPU_RESULTS", folder)))
+    write(result, Path(os.environ.get("GPU_RESULTS", folder)), guarantee.plot)
     return result
 
 

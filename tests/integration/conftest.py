@@ -183,7 +183,7 @@ def start_serving(
         stdout=log,
         stderr=subprocess.STDOUT,
         process_group=0,
-        preexec_fn=stop_with_parent,  # noqa: PLW1509 - pytest has one thread here
+        preexec_fn=stop_with_parent,  # noqa: PLW1509 - no other thread holds a lock of the loader's
     )
     deadline = time.monotonic() + 240
     while True:

@@ -75,7 +75,7 @@ def servers(database_url: str, tmp_path: Path) -> Iterator[Servers]:
                 stdout=log,
                 stderr=log,
                 process_group=0,
-                preexec_fn=stop_with_parent,  # noqa: PLW1509 - pytest has one thread here
+                preexec_fn=stop_with_parent,  # noqa: PLW1509 - no other thread holds a lock of the loader's
             )
             for port in ports
         ]

@@ -635,11 +635,32 @@ def test_an_unknown_row_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -
     assert "no such row: speed" in capsys.readouterr().err
 
 
-def test_the_gpu_run_fits_in_ten_minutes_beside_two_minutes_and_a_half_of_loading(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--starts", "2", "1, or 3 and more"),
+        ("--starts", "0", "at least 1"),
+        ("--pace-rounds", "0", "at least 1"),
+    ],
+)
+def test_a_run_that_could_show_nothing_is_refused(
+    option: str, value: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["guarantee", "--model", "m", option, value])
+    assert said in capsys.readouterr().err
+
+
+def test_a_gpu_run_is_long_enough_to_prove_its_targets_and_a_quick_one_is_quick(tmp_path: Path) -> None:
     config = gpu.gpu_config(tmp_path)
     (session,) = sessions(config)
     assert [row.name for row in session] == list(gpu.ROWS)
-    assert sum(row.seconds(config) for row in session) < 450
+    assert expected_s(config) < 35 * 60
+    assert expected_s(config.quick()) < 5 * 60
+    # A tenth for the first second of each stream.
+    busy_s = round(0.9 * config.pace_rounds * config.pace_s)
+    assert share_estimate(busy_s, busy_s).low >= pace.WINDOWS_TARGET
+    assert config.isolation_rounds * config.quiet_seats * config.beside_s >= 1_000
 
 
 def test_qwen3_8b_is_written_whole_with_a_word_for_every_id(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningC
             env=environment,
             stdout=log,
             stderr=log,
-            preexec_fn=stop_with_parent,  # noqa: PLW1509 - pytest has one thread here
+            preexec_fn=stop_with_parent,  # noqa: PLW1509 - no other thread holds a lock of the loader's
         )
     url = f"http://127.0.0.1:{port}"
     try:

@@ -107,7 +107,7 @@ def postgres_url() -> Iterator[str]:
             ],
             cwd=folder,
             stderr=subprocess.DEVNULL,
-            preexec_fn=stop_with_parent,  # noqa: PLW1509 - no threads run yet, and it must not outlive us
+            preexec_fn=stop_with_parent,  # noqa: PLW1509 - no other thread holds a lock of the loader's
             **identity,
         )
         try:
