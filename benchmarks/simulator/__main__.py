@@ -94,7 +94,8 @@ def _plot(gaps: dict[str, list[tuple[float, float]]], result: report.Result, fig
             left.plot(*zip(*points, strict=True), marker="o", label=policy)
     left.axhline(rows.GAP_TARGET, color="black", linestyle=":", label="target")
     left.set(title="overload, uniform lengths", xlabel="s", ylabel="accumulated gap, cost units")
-    left.legend()
+    left.set_ylim(0, 1.25 * left.get_ylim()[1])  # the legend stands above the points
+    left.legend(loc="upper center", ncols=3)
     arena = [row for row in result.rows if row["workload"] == "arena"]
     names = [f"{row['policy']}\n{row['engine']}" for row in arena]
     right.bar(names, [row["max_diff"] for row in arena])
