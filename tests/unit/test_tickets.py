@@ -30,7 +30,7 @@ def test_only_moves_in_the_table_happen(state: State, event: Event) -> None:
     assert ticket.state is state
 
 
-@pytest.mark.parametrize("state", ENDED)
+@pytest.mark.parametrize("state", [state for state in State if state in ENDED])
 def test_nothing_follows_an_end(state: State) -> None:
     assert not [event for event in Event if (state, event) in TRANSITIONS]
     assert ticket_in(state).ended
