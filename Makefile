@@ -38,8 +38,13 @@ install: $(PRODUCT_READY) ## Make .venv and install the locked requirements (mak
 run: install ## Start a demo node in the foreground: vLLM, a small local model, its boost keys
 	@exec $(BIN)/boosts run $(ARGS)
 
-test: install-dev ## Run every test, real vLLM included
+test: install-dev ## Run every test, real vLLM included, two files at a time (with ARGS: one by one)
+ifeq ($(strip $(ARGS)),)
+	@$(BIN)/python -m pytest -m 'not alone' --numprocesses 2 --dist loadfile
+	@exec $(BIN)/python -m pytest -m alone
+else
 	@exec $(BIN)/python -m pytest $(ARGS)
+endif
 
 test-fast: install-dev ## Run the tests that need no vLLM and no other processes
 	@exec $(BIN)/python -m pytest -m 'not vllm and not slow' $(ARGS)

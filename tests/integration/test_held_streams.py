@@ -26,7 +26,7 @@ from tests.integration.conftest import (
 )
 from tests.integration.test_limits import ending_block, engine_running
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.alone]
 
 
 @dataclass
