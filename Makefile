@@ -7,7 +7,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-dev run test test-fast check compiled bench bench-guarantee simulate soak lock clean
+.PHONY: help install install-dev run test test-side-by-side test-alone test-fast check compiled bench bench-guarantee simulate soak lock clean
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 UV_VERSION := 0.13.9
@@ -40,11 +40,16 @@ run: install ## Start a demo node in the foreground: vLLM, a small local model, 
 
 test: install-dev ## Run every test, real vLLM included, two files at a time (with ARGS: one by one)
 ifeq ($(strip $(ARGS)),)
-	@$(BIN)/python -m pytest -m 'not alone' --numprocesses 2 --dist loadfile
-	@exec $(BIN)/python -m pytest -m alone
+	@exec $(MAKE) --no-print-directory --jobs=1 --keep-going test-side-by-side test-alone
 else
 	@exec $(BIN)/python -m pytest $(ARGS)
 endif
+
+test-side-by-side: install-dev
+	@exec $(BIN)/python -m pytest -m 'not alone' --numprocesses 2 --dist loadfile
+
+test-alone: install-dev
+	@exec $(BIN)/python -m pytest -m alone
 
 test-fast: install-dev ## Run the tests that need no vLLM and no other processes
 	@exec $(BIN)/python -m pytest -m 'not vllm and not slow' $(ARGS)
@@ -61,14 +66,14 @@ bench: install-dev ## Measure a quiet seat beside a noisy one, on our node and o
 
 compiled: $(COMPILED) ## Build the product as the GPU image has it, with its step policy compiled, into build/
 
-bench-guarantee: compiled ## Measure every promise of the scheduler beside plain vLLM, about 80 minutes
+bench-guarantee: compiled ## Measure every promise of the scheduler beside plain vLLM, about 90 minutes
 	@PYTHONSAFEPATH=1 PYTHONPATH='$(CURDIR)/$(COMPILED)' exec $(BIN)/boosts bench guarantee $(ARGS)
 
 simulate: install-dev ## Run the VTC paper's experiments in simulation, ours beside its policies, about 6 minutes
 	@exec $(BIN)/python -m benchmarks.simulator rows $(ARGS)
 
-soak: install-dev ## Run 100,000 adversarial simulations against the scheduler: one and a half to four hours, divided by the cores
-	@exec $(BIN)/python -m benchmarks.simulator soak $(ARGS)
+soak: compiled ## Run 100,000 adversarial simulations against the scheduler, 40 minutes or more on two cores
+	@PYTHONSAFEPATH=1 PYTHONPATH='$(CURDIR)/$(COMPILED)' exec $(BIN)/python -m benchmarks.simulator soak $(ARGS)
 
 clean: ## Remove what make installed and all caches; var/ (models, keys, results) stays
 	rm -rf $(VENV) .venv-lock .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info build

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import MISSING, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,15 +29,20 @@ examples:
   boosts bench fairness --rounds 0 --lone-connections 64
       the same with as many streams as slots
   boosts bench guarantee
-      every promise of the scheduler against a real vLLM, row by row, about 80 minutes
+      every promise of the scheduler against a real vLLM, row by row, about 90 minutes
   boosts bench guarantee --only pace,isolation
       only these rows; --quick shows in a few minutes that they work, and proves nothing
+  boosts bench gpu
+      the rows that need a GPU to mean something, with Qwen3-8B and dummy weights, about half an hour
+  boosts bench gpu --only total,lone,step-time
+      these rows, about 10 minutes
 
 `boosts bench` builds the demo model when no --model is given; `python -m benchmarks` needs one.
 
 Results go to --out: result.json with every row, the table, a picture, the servers' logs; guarantee writes
 the first two anew after each row, so that a run that ends early leaves them. Exit status: 0 when every
-target is met, 1 when one is not, 2 when a server did not start or serve, 130 after Ctrl-C.
+target is met, or where gpu finds no GPU; 1 when one is not, 2 when a server did not start or serve, 130
+after Ctrl-C.
 """
 
 Ran = tuple[report.Result, Callable[[report.Result, Figure], None]]
@@ -45,9 +50,10 @@ Ran = tuple[report.Result, Callable[[report.Result, Figure], None]]
 
 def main(argv: list[str]) -> int:
     """Parse, run, report. Progress goes to stderr, the table to stdout."""
-    if argv[:1] == ["gpu"]:
-        return gpu.main(argv[1:])
     arguments = _parser().parse_args(argv)
+    if arguments.scenario == "gpu" and (reason := gpu.missing_gpu()):
+        print(f"skipped: {reason}")
+        return 0
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     home = Path(os.environ.get("BOOSTS_HOME", "var"))
     folder = arguments.out or home / "bench" / f"{arguments.scenario}-{stamp}"
@@ -121,10 +127,18 @@ def _guarantee(arguments: argparse.Namespace, folder: Path) -> Ran:
     return guarantee.run(config, _Clock().say), guarantee.plot
 
 
+def _gpu(arguments: argparse.Namespace, folder: Path) -> Ran:
+    config = replace(gpu.gpu_config(folder), only=arguments.only)
+    if arguments.quick:
+        config = config.quick()
+    return gpu.run(config, _Clock().say), guarantee.plot
+
+
 _SCENARIOS: dict[str, Callable[[argparse.Namespace, Path], Ran]] = {
     "noisy-neighbour": _noisy_neighbour,
     "fairness": _fairness,
     "guarantee": _guarantee,
+    "gpu": _gpu,
 }
 
 
@@ -157,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _common_options(promises, rounds=False)
-    promises.add_argument("--only", type=_rows, metavar="ROW,...", help="measure these rows alone")
+    _only(promises, guarantee.ROWS)
     promises.add_argument(
         "--pace-rounds", type=_count, help="of pace; 26 s each on the node (default %(default)s)"
     )
@@ -170,7 +184,12 @@ def _parser() -> argparse.ArgumentParser:
         "--pairs", type=_count, help="of total and lone, on each start (default %(default)s)"
     )
     promises.set_defaults(**_defaults(guarantee.Config))
-    scenarios.add_parser("gpu", help="the rows of guarantee that need a GPU to mean something, with Qwen3-8B")
+    on_gpu = scenarios.add_parser(
+        "gpu", help="the rows of guarantee that need a GPU to mean something, with Qwen3-8B"
+    )
+    _run_options(on_gpu)
+    _only(on_gpu, gpu.ROWS)
+    on_gpu.set_defaults(only=gpu.ROWS)
     return parser
 
 
@@ -180,27 +199,32 @@ def _defaults(config: type[noisy_neighbour.Config | fairness.Config | guarantee.
 
 
 def _common_options(parser: argparse.ArgumentParser, *, rounds: bool = True) -> None:
+    _run_options(parser)
     parser.add_argument("--model", required=True, help="model folder or Hugging Face id")
-    parser.add_argument("--out", type=Path, help="results folder (default var/bench/<scenario>-<UTC time>)")
     if rounds:
         parser.add_argument("--rounds", type=int, help="rounds (default %(default)s)")
     parser.add_argument("--max-num-seqs", type=int, help="the engine's slots (default %(default)s)")
     parser.add_argument("--seed", type=int, help="of lengths, pauses, intervals (default %(default)s)")
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, help="results folder (default var/bench/<scenario>-<UTC time>)")
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="few short rounds, whatever is said of them, to see that it works",
+        help="a few short rounds, to see that it works; overrides options of rounds and seconds",
     )
 
 
-def _rows(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(","))
-    unknown = [name for name in names if name not in guarantee.ROWS]
-    if unknown:
-        raise argparse.ArgumentTypeError(
-            f"no such row: {', '.join(unknown)}; have {', '.join(guarantee.ROWS)}"
-        )
-    return names
+def _only(parser: argparse.ArgumentParser, rows: Collection[str]) -> None:
+    def chosen(text: str) -> tuple[str, ...]:
+        names = tuple(name.strip() for name in text.split(","))
+        unknown = [name for name in names if name not in rows]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"no such row: {', '.join(unknown)}; have {', '.join(rows)}")
+        return names
+
+    parser.add_argument("--only", type=chosen, metavar="ROW,...", help=f"of {', '.join(rows)}: these alone")
 
 
 def _positive(text: str) -> float:

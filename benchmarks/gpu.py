@@ -2,34 +2,19 @@
 
 Pace and time per step depend on the architecture and not on what the weights say. Both servers share one
 GPU and are measured in turns, as on the CPU; `benchmarks/guarantee/` says what each row measures.
-
-examples:
-  python -m benchmarks.gpu --out results
-      every row, about 30 minutes
-  python -m benchmarks.gpu --only total lone step-time
-      these rows, about 10 minutes
-  python -m benchmarks.gpu --quick
-      every row in about 4 minutes: shows that it works, proves nothing
-
-Exit status: 0 when every target is met or there is no GPU, 1 when one is not, 2 when a server did not start.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks import guarantee
 from benchmarks.load import Lengths
-from benchmarks.report import Result, write
-from benchmarks.servers import ServerStartError
+from benchmarks.report import Result
 
 ROWS = ("pace", "total", "lone", "isolation", "step-time")
 
@@ -89,7 +74,7 @@ def missing_gpu() -> str | None:
         return None
     return (
         f"{why}. On a machine with one of 80 GB or more: "
-        "pip install -r requirements/gpu.txt, then python -m benchmarks.gpu"
+        "pip install -r requirements/gpu.txt, then python -m benchmarks gpu"
     )
 
 
@@ -121,7 +106,8 @@ def write_model(folder: Path) -> Path:
 
 
 def gpu_config(folder: Path) -> guarantee.Config:
-    """The guarantee scenario at a GPU's size, long enough for every row to prove its target."""
+    """The guarantee scenario at a GPU's size, long enough for pace and isolation to prove their targets;
+    those of `total` and `lone` hold for one pair of processes."""
     return guarantee.Config(
         model=str(write_model(folder / "qwen3-8b")),
         folder=folder,
@@ -139,7 +125,7 @@ def gpu_config(folder: Path) -> guarantee.Config:
         pace_rounds=10,
         pace_s=44.0,
         fixed_s=4.0,
-        # Loading takes minutes: the intervals hold for one pair of processes.
+        # Loading takes minutes.
         starts=1,
         pairs=10,
         pair_s=3.0,
@@ -156,52 +142,3 @@ def gpu_config(folder: Path) -> guarantee.Config:
 def run(config: guarantee.Config, progress: Callable[[str], None]) -> Result:
     """Measure the rows. Raises ServerStartError when a server does not start."""
     return guarantee.run(config, progress, scenario="gpu")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Measure the rows and write what was found; returns the exit status."""
-    arguments = _parser().parse_args(argv)
-    reason = missing_gpu()
-    if reason is not None:
-        print(f"skipped: {reason}")
-        return 0
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    config = replace(gpu_config(arguments.out), only=tuple(arguments.only))
-    if arguments.quick:
-        config = config.quick()
-    began = time.monotonic()
-
-    def say(text: str) -> None:
-        print(f"[{time.monotonic() - began:5.0f} s] {text}", file=sys.stderr, flush=True)
-
-    try:
-        result = run(config, say)
-    except (ServerStartError, guarantee.NothingServedError) as failure:
-        print(failure, file=sys.stderr)
-        return 2
-    written = write(result, arguments.out, guarantee.plot)
-    print(f"\n{result}\n")
-    for path in written:
-        print(f"written: {path}")
-    return 0 if all(check.met for check in result.checks) else 1
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("var/bench/gpu"), help="default %(default)s")
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=ROWS,
-        default=ROWS,
-        metavar="ROW",
-        help=f"rows to measure: {', '.join(ROWS)}",
-    )
-    parser.add_argument("--quick", action="store_true", help="short rounds, to see that it works")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

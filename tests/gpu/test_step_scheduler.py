@@ -1,7 +1,7 @@
 """The step scheduler in a CUDA vLLM, Qwen3-8B with dummy weights, beside plain vLLM on the same GPU.
 
 One short benchmark run for all: a few minutes, of which most is loading. What is asserted holds with room to
-spare; the figures are for `python -m benchmarks.gpu`, whose rounds are long enough for them.
+spare; the figures are for `boosts bench gpu`, whose rounds are long enough for them.
 """
 
 from __future__ import annotations

@@ -40,6 +40,11 @@ CPU_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # Engines wait in busy loops: those of the workers ("gw0", "gw1") do so on different cores.
+    cores = sorted(os.sched_getaffinity(0))
+    core = cores[int(worker.removeprefix("gw")) % len(cores)]
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
 ALL_DAY = tuple(BlockTime.of(block) for block in Block)
 
 

@@ -614,7 +614,6 @@ class LifecycleMachine(RuleBasedStateMachine):
 LifecycleMachine.TestCase.settings = settings(
     max_examples=100,
     stateful_step_count=50,
-    deadline=None,
     derandomize=True,
     report_multiple_bugs=False,
     phases=[Phase.explicit, Phase.generate, Phase.shrink],

@@ -413,7 +413,6 @@ class AdmissionMachine(RuleBasedStateMachine):
 AdmissionMachine.TestCase.settings = settings(
     max_examples=60,
     stateful_step_count=50,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 TestAdmission = AdmissionMachine.TestCase

@@ -139,6 +139,7 @@ async def test_a_windows_service_counts_streams_that_are_still_running() -> None
     assert phase.served["noisy"].input_tokens == 0
 
 
+@pytest.mark.alone
 async def test_paced_requests_go_out_on_time_whatever_becomes_of_earlier_ones() -> None:
     async def slow(request: web.Request) -> web.StreamResponse:
         await asyncio.sleep(0.3)
@@ -238,6 +239,7 @@ def test_a_cut_number_is_not_read() -> None:
     assert tail.output_tokens() == 12
 
 
+@pytest.mark.alone
 async def test_a_visiting_client_is_there_only_during_its_visits() -> None:
     async def endless(request: web.Request) -> web.StreamResponse:
         answer = web.StreamResponse()

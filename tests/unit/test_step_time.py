@@ -222,7 +222,7 @@ def test_the_error_grows_when_the_machine_is_another() -> None:
 numbers = st.one_of(st.integers(0, 10_000).map(float), st.floats(0, 1e6))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     seed=st.builds(
         StepTime,

@@ -1518,7 +1518,6 @@ TestStepMachine = StepMachine.TestCase
 TestStepMachine.settings = settings(
     max_examples=40,
     stateful_step_count=25,
-    deadline=None,
     suppress_health_check=list(HealthCheck),
 )
 

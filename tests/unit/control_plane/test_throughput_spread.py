@@ -6,7 +6,7 @@ import datetime
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from control_plane.throughput.service import MINUTE, Amounts, minute_of, span, spread
@@ -28,7 +28,6 @@ moments = st.datetimes(NOON.replace(tzinfo=None), (NOON + 2 * HOUR).replace(tzin
 spans = st.tuples(moments, moments).map(sorted).filter(lambda pair: pair[0] < pair[1])
 
 
-@settings(deadline=None)
 @given(amounts, spans)
 def test_nothing_is_lost_or_gained(whole: Amounts, between: list[datetime.datetime]) -> None:
     parts = spread(whole, *between).values()
@@ -37,7 +36,6 @@ def test_nothing_is_lost_or_gained(whole: Amounts, between: list[datetime.dateti
     assert total.values == pytest.approx(whole.values)
 
 
-@settings(deadline=None)
 @given(amounts, spans)
 def test_only_minutes_that_are_touched_get_something_and_nobody_less_than_nothing(
     whole: Amounts, between: list[datetime.datetime]
@@ -49,7 +47,6 @@ def test_only_minutes_that_are_touched_get_something_and_nobody_less_than_nothin
         assert part != Amounts() and not part.backwards
 
 
-@settings(deadline=None)
 @given(amounts, spans)
 def test_each_minutes_share_is_in_proportion_to_its_time(
     whole: Amounts, between: list[datetime.datetime]
@@ -61,7 +58,6 @@ def test_each_minutes_share_is_in_proportion_to_its_time(
         assert part.owed_tokens == pytest.approx(whole.owed_tokens * share, rel=1e-6, abs=1e-3)
 
 
-@settings(deadline=None)
 @given(amounts, spans)
 def test_no_minute_misses_more_seconds_than_it_is_owed(
     whole: Amounts, between: list[datetime.datetime]
