@@ -46,7 +46,7 @@ else
 endif
 
 test-side-by-side: install-dev
-	@exec $(BIN)/python -m pytest -m 'not alone' --numprocesses 2 --dist loadfile
+	@exec $(BIN)/python -m pytest -m 'not alone' --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-alone: install-dev
 	@exec $(BIN)/python -m pytest -m alone

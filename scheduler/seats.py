@@ -121,7 +121,7 @@ class SeatHeap:
 
     A seat is pushed whenever its key may have fallen; entries whose key has since risen are put back
     when they come up, and entries of seats that no longer belong here are dropped. Holds at most twice as
-    many entries as there are seats in it, plus a few.
+    many entries as seats, plus a few.
     """
 
     def __init__(self, key: Callable[[Seat], float], belongs: Callable[[Seat], bool]) -> None:
