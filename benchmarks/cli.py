@@ -37,12 +37,13 @@ examples:
   boosts bench gpu --only total,lone,step-time
       these rows, about 10 minutes
 
-`boosts bench` builds the demo model when no --model is given; `python -m benchmarks` needs one.
+`boosts bench` builds the demo model when no --model is given; `python -m benchmarks` needs one; gpu has
+its own and takes none.
 
-Results go to --out: result.json with every row, the table, a picture, the servers' logs; guarantee writes
-the first two anew after each row, so that a run that ends early leaves them. Exit status: 0 when every
-target is met, or where gpu finds no GPU; 1 when one is not, 2 when a server did not start or serve, 130
-after Ctrl-C.
+Results go to --out: result.json with every row, the table, a picture, the servers' logs; guarantee and
+gpu write the first two anew after each row, so that a run that ends early leaves them. Exit status: 0 when
+every target is met, or where gpu finds no GPU; 1 when one is not, 2 when a server did not start or serve,
+130 after Ctrl-C.
 """
 
 Ran = tuple[report.Result, Callable[[report.Result, Figure], None]]

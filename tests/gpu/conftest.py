@@ -13,5 +13,6 @@ def cuda() -> None:
     reason = missing_gpu()
     if reason is not None:
         pytest.skip(
-            f"{reason}; these tests: pip install pytest-asyncio pytest-timeout, python -m pytest tests/gpu"
+            f"{reason}; these tests: pip install pytest-asyncio pytest-timeout hypothesis, "
+            "python -m pytest tests/gpu"
         )

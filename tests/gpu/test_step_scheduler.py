@@ -17,7 +17,12 @@ from benchmarks.estimates import median
 from benchmarks.guarantee.step_time import TARGET_US
 from benchmarks.report import Result, write
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900), pytest.mark.usefixtures("cuda")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.alone,
+    pytest.mark.timeout(900),
+    pytest.mark.usefixtures("cuda"),
+]
 
 
 @pytest.fixture(scope="module")
